@@ -1,0 +1,83 @@
+"""Checkpoints of a run: atomic, written in the background, restored to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from clipa_fast.config import ModelConfig
+from clipa_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in the run a checkpoint stands; with the seed it also fixes the data's position."""
+
+    stage: int
+    """Index of the stage."""
+    stage_step: int
+    """Steps done in this stage."""
+    step: int
+    """Steps done in the whole run."""
+    seconds: float
+    """Seconds of training so far."""
+
+
+class Checkpoints:
+    """The checkpoints in one folder.
+
+    Args:
+      folder: made if missing.
+      model: a checkpoint of another model is refused.
+      keep: how many of the newest stay.
+    """
+
+    def __init__(self, folder: Path, model: ModelConfig, keep: int = 2):
+        # A half-written checkpoint keeps a temporary name, which the manager never reads and clears away.
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._folder = folder.absolute()
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._model = dataclasses.asdict(dataclasses.replace(model, remat="none", scan_unroll=1, dtype="float32"))
+
+    def save(self, state: Any, position: Position) -> None:
+        """Starts writing; the device buffers may be reused at once."""
+        about = {"position": dataclasses.asdict(position), "model": self._model}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
+        self._manager.save(position.step, args=args)
+
+    def latest(self) -> Position | None:
+        """Position of the newest whole checkpoint, or None.
+
+        Raises:
+          UserError: it belongs to another model.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        if about["model"] != self._model:
+            theirs, ours = about["model"], self._model
+            names = [name for name in ours if theirs.get(name) != ours[name]]
+            differs = ", ".join(f"{name} {theirs.get(name)} instead of {ours[name]}" for name in names)
+            raise UserError(f"checkpoint: {self._folder} holds another model: {differs}")
+        return Position(**about["position"])
+
+    def restore(self, position: Position, like: Any) -> Any:
+        """The state at `position`; `like` gives its structure, shapes and dtypes (arrays or ShapeDtypeStructs)."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(position.step, args=args)["state"]
+
+    def wait(self) -> None:
+        """Blocks until the last save is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the last save and lets go of the folder."""
+        self.wait()
+        self._manager.close()

@@ -1,0 +1,196 @@
+"""The run's configuration: typed, frozen, read from YAML, overridable by flags. The only truth about a run.
+
+Nothing here imports jax, so that `--help` and data workers stay light.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import dacite
+import yaml
+
+from clipa_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class TowerSize:
+    """Sizes of one transformer tower."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The two towers."""
+
+    preset: str = "B/16"
+    """Size and patch, such as S/16, B/16, L/14, H/14 or bigG/14 (`clipa-fast recipes` lists the sizes)."""
+    convention: Literal["clipa", "open_clip"] = "clipa"
+    """clipa: tanh GELU, LayerNorm eps 1e-6, fixed sin-cos image positions. open_clip: exact GELU, eps 1e-5, stored table."""
+    image_pool: Literal["gap", "tok"] = "gap"
+    """gap: mean over patches, then LayerNorm. tok: LayerNorm, then the class token."""
+    vocab_size: int | None = None
+    """Rows of the token table. None: 32,000 as in the papers, or the size of a vocabulary trained on the run's captions."""
+    vision: TowerSize | None = None
+    """Replaces the preset's image tower."""
+    text: TowerSize | None = None
+    """Replaces the preset's text tower."""
+    embed_dim: int | None = None
+    """Replaces the preset's joint embedding width."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype. Parameters, softmax and loss are float32 always."""
+    remat: Literal["none", "image", "text", "both"] = "none"
+    """Which tower recomputes its blocks in the backward pass."""
+    scan_unroll: int = 1
+    """Blocks per step of the scan over layers: more compiles longer and can run faster."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW as the papers use it."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.2
+    decay: Literal["kernels", "all_but_norms", "matrices"] = "kernels"
+    """What is decayed: kernels (CLIPA's JAX code), all_but_norms (its t5x branch: token table and class token too),
+    matrices (open_clip: every parameter of two and more dimensions)."""
+    first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of AdamW's first moment; bfloat16 saves memory (the papers' H, g and bigG runs)."""
+    clip_norm: float | None = None
+    """Clip the global gradient norm. The papers do not."""
+    max_logit_scale: float | None = None
+    """Clamp the temperature's multiplier after each step. open_clip: 100; CLIPA's JAX code: none."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of a run: what is seen, at which size, for how long."""
+
+    name: str = "pretrain"
+    image_size: int = 112
+    """Side of the square training picture in pixels; a multiple of the patch."""
+    text_length: int = 16
+    """Tokens per caption, [CLS] included."""
+    samples: int = 1_000_000
+    """Samples seen; rounded down to whole batches."""
+    batch_size: int = 512
+    """Global batch."""
+    base_learning_rate: float = 8e-6
+    """Peak learning rate per 256 samples of batch: peak = base * batch / 256."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up from 0, before the half cosine to 0."""
+    mask_ratio: float = 0.0
+    """Share of the patches dropped in training, in [0, 1)."""
+    image_mask: Literal["random", "grid", "block"] = "random"
+    """Which patches a mask drops."""
+    text_reduction: Literal["truncate", "random", "shuffle", "block", "syntax"] = "truncate"
+    """How captions longer than text_length lose tokens in training."""
+    min_crop_area: float = 0.4
+    """Smallest share of the picture that a random crop keeps; 1: no crop."""
+    jitter: bool = False
+    """Colour jitter and random grey, as in the papers' H and bigG runs."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where pictures and captions come from."""
+
+    train: tuple[str, ...] = ("glyphs",)
+    """Tar shards: paths, globs or brace lists; or the built-in set `glyphs`."""
+    tokenizer: str | None = None
+    """BERT vocab.txt, a folder holding one, or a tokenizers .json. None: a WordPiece trained on the run's captions."""
+    trained_vocab_size: int = 4096
+    """Entries of the WordPiece trained where no tokenizer is given."""
+    workers: int = 2
+    """Threads that decode and crop."""
+    cache_mb: int = 512
+    """Memory for decoded pictures of small sets, in MB; 0: none."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    stages: tuple[StageConfig, ...] = (StageConfig(),)
+    seed: int = 0
+    log_every: int = 50
+    """Steps between metrics rows."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; one is written at each stage's end too."""
+    keep_checkpoints: int = 2
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Reads a run's YAML file.
+
+    Raises:
+      UserError: missing file, invalid YAML, unknown field (with the nearest known one), wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"config: no such file: {path}")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"config: {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    return config_from_dict(raw or {}, where=str(path))
+
+
+def config_from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
+    """The run described by plain dicts and lists. Raises UserError as `load_config` does."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: expected a mapping of fields, got {type(raw).__name__}")
+    hooks = {float: _to_float, tuple[str, ...]: _to_strings}
+    try:
+        return dacite.from_dict(RunConfig, raw, dacite.Config(strict=True, cast=[tuple], type_hooks=hooks))
+    except dacite.UnexpectedDataError as error:
+        unknown = sorted(error.keys)[0]
+        near = difflib.get_close_matches(unknown, _field_names(RunConfig), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"{where}: unknown field {unknown!r}{hint}") from error
+    except (dacite.DaciteError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    """The whole config, defaults included, as YAML that `load_config` reads back equal."""
+    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _to_float(value: Any) -> float:
+    # YAML 1.1 reads 8e-6 as a string.
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, got {value!r}")
+    return float(value)
+
+
+def _to_strings(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _field_names(cls: type) -> list[str]:
+    names = []
+    for f in dataclasses.fields(cls):
+        names.append(f.name)
+    for nested in (ModelConfig, DataConfig, StageConfig, OptimizerConfig, TowerSize):
+        names += [f.name for f in dataclasses.fields(nested)] if cls is RunConfig else []
+    return names

@@ -1,0 +1,1 @@
+"""The two towers of CLIPA, their sizes, positions and costs."""

@@ -1,0 +1,154 @@
+"""Image tower, text tower, and the CLIP that holds both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from clipa_fast.config import ModelConfig
+from clipa_fast.model.image_masks import MaskFn
+from clipa_fast.model.positions import sincos_2d
+from clipa_fast.model.presets import PAPER_VOCAB_SIZE, Towers, grid_size, towers
+from clipa_fast.model.transformer import BlockInit, Convention, Transformer, layer_norm, linear
+
+# CLIPA's JAX code scales residual initialisation as if every text tower had 12 layers.
+_CLIPA_INIT_DEPTH = 12
+_INITIAL_LOGIT_SCALE = float(np.log(1 / 0.07))
+_IMAGENET_MEAN = 255 * np.array([0.485, 0.456, 0.406], np.float32)
+_IMAGENET_STD = 255 * np.array([0.229, 0.224, 0.225], np.float32)
+
+
+def normalize_pixels(image: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """uint8 pixels [..., 3] to ImageNet-normalised values, on the device."""
+    return ((image.astype(jnp.float32) - _IMAGENET_MEAN) / _IMAGENET_STD).astype(dtype)
+
+
+def l2_normalize(x: jax.Array) -> jax.Array:
+    """x / (||x|| + 1e-8) in float32, with a finite gradient at zero."""
+    x = x.astype(jnp.float32)
+    norm = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
+    return x / (norm + 1e-8)
+
+
+class VisionTower(nnx.Module):
+    """ViT with a class token, always; pooled over patches (`gap`) or at the class token (`tok`)."""
+
+    def __init__(self, sizes: Towers, config: ModelConfig, grid: int, *, rngs: nnx.Rngs):
+        size, patch, dtype = sizes.vision, sizes.patch_size, jnp.dtype(config.dtype)
+        convention = Convention.named(config.convention)
+        normal = nnx.initializers.normal(size.width**-0.5)
+        self.patch_size, self.pool, self.dtype = patch, config.image_pool, dtype
+        self.patch_kernel = nnx.Param(
+            nnx.initializers.lecun_normal(in_axis=(0, 1, 2))(rngs.params(), (patch, patch, 3, size.width), jnp.float32)
+        )
+        if config.convention == "open_clip":
+            self.class_token = nnx.Param(normal(rngs.params(), (size.width,), jnp.float32))
+            self.position_table = nnx.Param(normal(rngs.params(), (1 + grid**2, size.width), jnp.float32))
+        else:
+            self.class_token = nnx.Param(jnp.zeros((size.width,), jnp.float32))
+            self.position_table = None
+        self.transformer = Transformer(
+            size,
+            BlockInit.xavier(),
+            convention,
+            dtype,
+            remat=config.remat in ("image", "both"),
+            unroll=config.scan_unroll,
+            rngs=rngs,
+        )
+        self.norm = layer_norm(size.width, convention.norm_eps, dtype, rngs)
+        self.head = linear(size.width, sizes.embed_dim, normal, dtype, rngs, bias=False)
+
+    def __call__(self, image: jax.Array, mask: MaskFn | None = None) -> jax.Array:
+        """image: normalised [B, side, side, 3]; mask: picks kept patches. Returns [B, embed_dim], not normalised."""
+        batch, grid = image.shape[0], grid_size(image.shape[1], self.patch_size)
+        width = self.patch_kernel.shape[-1]
+        table = sincos_2d(grid, width) if self.position_table is None else self.position_table[...]
+        if table.shape[0] != 1 + grid**2:
+            raise ValueError(f"image: {grid} x {grid} patches, but the stored table has {table.shape[0] - 1} positions")
+        table = jnp.asarray(table, self.dtype)
+        patches = _to_patches(image.astype(self.dtype), self.patch_size)
+        positions = table[1:]
+        if mask is not None:
+            # Dropping patches before the stem spares its work; positions follow their patches.
+            keep = mask(batch, grid)
+            patches = jnp.take_along_axis(patches, keep[:, :, None], axis=1)
+            positions = positions[keep]
+        kernel = self.patch_kernel[...].astype(self.dtype).reshape(-1, width)
+        tokens = (patches.reshape(-1, kernel.shape[0]) @ kernel).reshape(batch, -1, width) + positions
+        first = jnp.broadcast_to(self.class_token[...].astype(self.dtype) + table[0], (batch, 1, width))
+        x = jnp.concatenate([first, tokens], axis=1)
+        seq_len = x.shape[1]
+        x = self.transformer(x.reshape(batch * seq_len, width), seq_len).reshape(batch, seq_len, width)
+        pooled = x[:, 1:].mean(axis=1) if self.pool == "gap" else x[:, 0]
+        return self.head(self.norm(pooled))
+
+
+class TextTower(nnx.Module):
+    """Transformer without a mask, read at the last position: padding is part of the model."""
+
+    def __init__(self, sizes: Towers, config: ModelConfig, length: int, *, rngs: nnx.Rngs):
+        size, dtype = sizes.text, jnp.dtype(config.dtype)
+        convention = Convention.named(config.convention)
+        vocab_size = PAPER_VOCAB_SIZE if config.vocab_size is None else config.vocab_size
+        init_depth = _CLIPA_INIT_DEPTH if config.convention == "clipa" else size.depth
+        self.dtype = dtype
+        self.token_table = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (vocab_size, size.width), jnp.float32))
+        self.position_table = nnx.Param(nnx.initializers.normal(0.01)(rngs.params(), (length, size.width), jnp.float32))
+        self.transformer = Transformer(
+            size,
+            BlockInit.scaled_normal(size.width, init_depth),
+            convention,
+            dtype,
+            remat=config.remat in ("text", "both"),
+            unroll=config.scan_unroll,
+            rngs=rngs,
+        )
+        self.norm = layer_norm(size.width, convention.norm_eps, dtype, rngs)
+        self.head = linear(size.width, sizes.embed_dim, nnx.initializers.normal(size.width**-0.5), dtype, rngs, bias=False)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """tokens: int32 [B, L] of the trained length. Returns [B, embed_dim], not normalised."""
+        batch, length = tokens.shape
+        if length != self.position_table.shape[0]:
+            raise ValueError(f"tokens: length {length}, but the tower was built for {self.position_table.shape[0]}")
+        x = (self.token_table[...][tokens] + self.position_table[...]).astype(self.dtype)
+        width = x.shape[-1]
+        x = self.transformer(x.reshape(batch * length, width), length).reshape(batch, length, width)
+        return self.head(self.norm(x[:, -1]))
+
+
+class CLIP(nnx.Module):
+    """Both towers and the temperature.
+
+    Args:
+      config: sizes and conventions.
+      image_size: side of the picture in pixels; fixes the stored position table of the open_clip convention.
+      text_length: tokens per caption.
+    """
+
+    def __init__(self, config: ModelConfig, image_size: int, text_length: int, *, rngs: nnx.Rngs):
+        sizes = towers(config)
+        self.vision = VisionTower(sizes, config, grid_size(image_size, sizes.patch_size), rngs=rngs)
+        self.text = TextTower(sizes, config, text_length, rngs=rngs)
+        self.log_logit_scale = nnx.Param(jnp.asarray(_INITIAL_LOGIT_SCALE, jnp.float32))
+
+    def encode_image(self, image: jax.Array, mask: MaskFn | None = None) -> jax.Array:
+        """Pixels uint8 [B, side, side, 3] to L2-normalised float32 features [B, embed_dim]."""
+        return l2_normalize(self.vision(normalize_pixels(image), mask))
+
+    def encode_text(self, tokens: jax.Array) -> jax.Array:
+        """Tokens int32 [B, L] to L2-normalised float32 features [B, embed_dim]."""
+        return l2_normalize(self.text(tokens))
+
+
+def _to_patches(image: jax.Array, patch: int) -> jax.Array:
+    """[B, g * patch, g * patch, C] to [B, g * g, patch * patch * C], raster order: the stem is then a matmul."""
+    batch, side, _, channels = image.shape
+    grid = side // patch
+    x = image.reshape(batch, grid, patch, grid, patch, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid * grid, patch * patch * channels)

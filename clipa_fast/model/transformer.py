@@ -1,0 +1,145 @@
+"""The pre-LayerNorm transformer both towers share. Tokens are rows: x is [B * T, width] from end to end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from clipa_kernels import flat_attention
+from flax import nnx
+
+from clipa_fast.config import TowerSize
+
+_ZEROS = nnx.initializers.zeros_init()
+
+
+@dataclass(frozen=True)
+class Convention:
+    """Where the original JAX code and open_clip's port differ in the blocks."""
+
+    gelu_tanh: bool
+    norm_eps: float
+
+    @classmethod
+    def named(cls, name: str) -> Convention:
+        return cls(gelu_tanh=name == "clipa", norm_eps=1e-6 if name == "clipa" else 1e-5)
+
+
+@dataclass(frozen=True)
+class BlockInit:
+    """Kernel initialisers of one block."""
+
+    attention_in: nnx.Initializer
+    attention_out: nnx.Initializer
+    mlp_in: nnx.Initializer
+    mlp_out: nnx.Initializer
+
+    @classmethod
+    def xavier(cls) -> BlockInit:
+        """CLIPA's image tower."""
+        uniform = nnx.initializers.xavier_uniform()
+        return cls(uniform, uniform, uniform, uniform)
+
+    @classmethod
+    def scaled_normal(cls, width: int, depth: int) -> BlockInit:
+        """CLIPA's text tower; `depth` scales the residual outputs."""
+        normal = nnx.initializers.normal
+        out = normal(width**-0.5 * (2 * depth) ** -0.5)
+        return cls(normal(width**-0.5), out, normal((2 * width) ** -0.5), out)
+
+
+def layer_norm(width: int, eps: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm over the last axis, statistics in float32."""
+    return nnx.LayerNorm(width, epsilon=eps, dtype=dtype, param_dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
+
+
+def linear(features_in: int, features_out: int, init: nnx.Initializer, dtype: jnp.dtype, rngs: nnx.Rngs, bias: bool = True):
+    """Dense layer with float32 parameters and zero bias."""
+    return nnx.Linear(
+        features_in,
+        features_out,
+        use_bias=bias,
+        kernel_init=init,
+        bias_init=_ZEROS,
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        rngs=rngs,
+    )
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with biases."""
+
+    def __init__(self, size: TowerSize, init: BlockInit, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        width = size.width
+        self.num_heads = size.num_heads
+        self.query = linear(width, width, init.attention_in, dtype, rngs)
+        self.key = linear(width, width, init.attention_in, dtype, rngs)
+        self.value = linear(width, width, init.attention_in, dtype, rngs)
+        self.out = linear(width, width, init.attention_out, dtype, rngs)
+
+    def __call__(self, x: jax.Array, seq_len: int) -> jax.Array:
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        return self.out(flat_attention(query, key, value, num_heads=self.num_heads, seq_len=seq_len))
+
+
+class Mlp(nnx.Module):
+    """Dense, GELU, Dense."""
+
+    def __init__(self, size: TowerSize, init: BlockInit, gelu_tanh: bool, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        self.gelu_tanh = gelu_tanh
+        self.fc = linear(size.width, size.mlp_dim, init.mlp_in, dtype, rngs)
+        self.proj = linear(size.mlp_dim, size.width, init.mlp_out, dtype, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.proj(jax.nn.gelu(self.fc(x), approximate=self.gelu_tanh))
+
+
+class Block(nnx.Module):
+    """x += attention(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, size: TowerSize, init: BlockInit, convention: Convention, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        self.norm1 = layer_norm(size.width, convention.norm_eps, dtype, rngs)
+        self.attention = Attention(size, init, dtype, rngs=rngs)
+        self.norm2 = layer_norm(size.width, convention.norm_eps, dtype, rngs)
+        self.mlp = Mlp(size, init, convention.gelu_tanh, dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, seq_len: int) -> jax.Array:
+        x = x + self.attention(self.norm1(x), seq_len)
+        return x + self.mlp(self.norm2(x))
+
+
+class Transformer(nnx.Module):
+    """`depth` blocks, their parameters stacked on a leading axis and run by one scan."""
+
+    def __init__(
+        self,
+        size: TowerSize,
+        init: BlockInit,
+        convention: Convention,
+        dtype: jnp.dtype,
+        *,
+        remat: bool,
+        unroll: int,
+        rngs: nnx.Rngs,
+    ):
+        @nnx.split_rngs(splits=size.depth)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stacked(rngs: nnx.Rngs) -> Block:
+            return Block(size, init, convention, dtype, rngs=rngs)
+
+        self.blocks = stacked(rngs)
+        self.remat = remat
+        self.unroll = unroll
+
+    def __call__(self, x: jax.Array, seq_len: int) -> jax.Array:
+        """x: [B * seq_len, width]."""
+        graphdef, params = nnx.split(self.blocks)
+
+        def step(x: jax.Array, block_params) -> tuple[jax.Array, None]:
+            return nnx.merge(graphdef, block_params)(x, seq_len), None
+
+        step = jax.checkpoint(step) if self.remat else step
+        return partial(jax.lax.scan, step, unroll=self.unroll)(x, params)[0]

@@ -1,0 +1,71 @@
+"""AdamW as the papers use it: schedule, decay masks, moment types."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipa_fast.config import StageConfig
+
+
+def num_steps(stage: StageConfig) -> int:
+    """Whole batches in the stage."""
+    return stage.samples // stage.batch_size
+
+
+def peak_learning_rate(stage: StageConfig) -> float:
+    """Base rate per 256 samples, scaled by the batch."""
+    return stage.base_learning_rate * stage.batch_size / 256
+
+
+def learning_rate_schedule(stage: StageConfig) -> optax.Schedule:
+    """Linear warm-up from 0, then half a cosine to 0 at the stage's last step (CLIPA's JAX code)."""
+    peak, warmup = peak_learning_rate(stage), stage.warmup_steps
+    decay = optax.cosine_decay_schedule(peak, max(num_steps(stage) - warmup, 1))
+    if warmup == 0:
+        return decay
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
+
+
+def decay_mask(params: Any, rule: str) -> Any:
+    """True where weight decay applies.
+
+    Args:
+      params: the model's parameters as nested dicts.
+      rule: see `clipa_fast.config.OptimizerConfig.decay`.
+    """
+
+    def decays(path: tuple, leaf: Any) -> bool:
+        names = [entry.key for entry in path]
+        last, norm = names[-1], any(name.startswith("norm") for name in names)
+        if last == "log_logit_scale":
+            return False
+        if rule == "kernels":
+            return last in ("kernel", "patch_kernel")
+        if rule == "all_but_norms":
+            return not norm and last not in ("bias", "position_table")
+        # Blocks are stacked on a leading axis, which is not a dimension of the parameter.
+        dimensions = leaf.ndim - ("blocks" in names)
+        return dimensions >= 2 and not norm and last != "bias"
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
+    """The stage's optimizer."""
+    settings = stage.optimizer
+    adamw = optax.adamw(
+        learning_rate_schedule(stage),
+        b1=settings.beta1,
+        b2=settings.beta2,
+        eps=settings.eps,
+        mu_dtype=jnp.dtype(settings.first_moment_dtype),
+        weight_decay=settings.weight_decay,
+        mask=lambda params: decay_mask(params, settings.decay),
+    )
+    if settings.clip_norm is None:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
