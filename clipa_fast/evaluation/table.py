@@ -1,0 +1,31 @@
+"""Accuracy as a table on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from clipa_fast.evaluation.ranking import Ranking
+
+
+def print_rankings(title: str, rows: Sequence[tuple[str, Ranking]], console: Console | None = None) -> None:
+    """Prints one line per ranking: accuracy at every k in percent, chance at the first, queries and candidates.
+
+    Args:
+      title: above the table.
+      rows: a label and its ranking; all over the same ks.
+      console: where to print.
+    """
+    ks = rows[0][1].ks if rows else ()
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column("")
+    for head in (*(f"top-{k}" for k in ks), *(f"chance top-{k}" for k in ks[:1]), "queries", "candidates"):
+        table.add_column(head, justify="right")
+    for label, ranking in rows:
+        cells = [f"{100 * ranking.hits[k]:.1f} %" for k in ks]
+        cells += [f"{100 * ranking.chance[k]:.3g} %" for k in ks[:1]]
+        table.add_row(Text(label), *cells, f"{len(ranking.per_query):,}", f"{ranking.num_candidates:,}")
+    (console or Console()).print(table)
