@@ -1,0 +1,11 @@
+"""Static profiler: what a jitted function would cost on a TPU, estimated on a machine without one.
+
+``compile_for_tpu`` compiles with libtpu and reads times from the program that the chip would run. Everything it says is
+a static estimate: nothing runs.
+"""
+
+from clipa_fast.profiling.compile import compile_for_tpu, tpu_mesh
+from clipa_fast.profiling.libtpu import is_available, prepare
+from clipa_fast.profiling.profile import Op, Profile
+
+__all__ = ["Op", "Profile", "compile_for_tpu", "is_available", "prepare", "tpu_mesh"]

@@ -1,0 +1,70 @@
+"""What the static model knows about each TPU chip: plain numbers, per jax device.
+
+A jax device is a chip on v5e, v5p and v6e, and one of a chip's two cores on tpu7x. Bandwidth, memory and peak are the
+published figures of the chips (per core on tpu7x). Clocks are not published: they are INFERRED from
+``peak = 2 * cores * mxus * mxu_size**2 * (mxu rows per cycle) * clock``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from clipa_fast.errors import UserError
+
+MATMUL_ROWS = 16  # rows of the left operand that one bf16 vector-matmul instruction feeds to an MXU
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One kind of TPU, as jax sees a device of it."""
+
+    name: str
+    generation: str  # name in a topology, as in "v5e:2x2"
+    cores: int  # TensorCores behind one device; each runs the program that the dump shows
+    clock_hz: float  # inferred, see the module text
+    mxus: int  # per core
+    mxu_size: int
+    cycles_per_matmul: int  # cycles one bf16 vector-matmul instruction keeps its MXU busy
+    branch_delay: int  # bundles after a branch that still run
+    hbm_bytes_per_second: float
+    hbm_bytes: float
+    vmem_bytes: int  # per core
+    host_shape: tuple[int, ...]  # smallest slice that can be described
+    devices_per_chip: int = 1
+
+    @property
+    def peak_flops(self) -> float:
+        """bf16 floating point operations per second of one device."""
+        macs = self.mxu_size**2 * MATMUL_ROWS / self.cycles_per_matmul
+        return 2 * self.cores * self.mxus * macs * self.clock_hz
+
+
+MIB = 2**20
+CHIPS = {
+    "v5e": Chip("v5e", "v5e", 1, 1.50e9, 4, 128, 16, 4, 819e9, 16e9, 128 * MIB, (2, 2)),
+    "v5p": Chip("v5p", "v5p", 2, 1.75e9, 4, 128, 16, 4, 2765e9, 95e9, 64 * MIB, (2, 2, 1)),
+    "v6e": Chip("v6e", "v6e", 1, 1.75e9, 2, 256, 8, 4, 1640e9, 32e9, 128 * MIB, (2, 2)),
+    "tpu7x": Chip("tpu7x", "tpu7x", 1, 2.20e9, 2, 256, 8, 6, 3690e9, 96e9, 64 * MIB, (2, 2, 1), devices_per_chip=2),
+}
+
+# Slices that exist, smallest first: the first that holds the devices asked for is used.
+_SLICES_2D = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_SLICES_3D = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8))
+
+
+def find_chip(chip: str) -> Chip:
+    """The chip of this name; ``UserError`` names those there are."""
+    if chip not in CHIPS:
+        raise UserError(f"chip: got {chip!r}, accepted are {', '.join(CHIPS)}")
+    return CHIPS[chip]
+
+
+def topology_name(chip: Chip, devices: int) -> str:
+    """Smallest slice with at least ``devices`` devices, as in ``"v5e:4x4"``."""
+    slices = _SLICES_2D if len(chip.host_shape) == 2 else _SLICES_3D
+    largest = math.prod(slices[-1]) * chip.devices_per_chip
+    if isinstance(devices, bool) or not isinstance(devices, int) or not 1 <= devices <= largest:
+        raise UserError(f"devices: got {devices!r}, accepted for {chip.name} is a whole number from 1 to {largest}")
+    shape = next(s for s in slices if math.prod(s) * chip.devices_per_chip >= devices)
+    return f"{chip.generation}:{'x'.join(map(str, shape))}"

@@ -1,0 +1,162 @@
+"""Compiles a function for TPU on a machine without one, and profiles what came out."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from clipa_fast.errors import UserError
+from clipa_fast.profiling.chips import find_chip, topology_name
+from clipa_fast.profiling.estimate import estimate_ops
+from clipa_fast.profiling.hlo import parse_module
+from clipa_fast.profiling.libtpu import dump_folder, topology_devices
+from clipa_fast.profiling.profile import Profile
+
+_DUMP_NAME = re.compile(r"^\d+-(?P<op>.+)-\d+-final_bundles\.txt$")
+_one_at_a_time = threading.Lock()  # the dumps of one compilation are told by when they appear
+
+
+def tpu_mesh(chip: str = "v5e", axes: Mapping[str, int] | None = None) -> Mesh:
+    """A mesh of described TPU devices, to build shardings for ``compile_for_tpu`` with.
+
+    Args:
+      chip: ``"v5e"``, ``"v5p"``, ``"v6e"`` or ``"tpu7x"``.
+      axes: size of each mesh axis, by name; the default is one device on an axis ``"data"``.
+    """
+    axes = dict(axes or {"data": 1})
+    if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in axes.values()):
+        raise UserError(f"axes: got {axes!r}, accepted are axis names with whole numbers from 1")
+    count = int(np.prod(list(axes.values())))
+    devices = topology_devices(topology_name(find_chip(chip), count))
+    grid = np.array(devices[:count]).reshape(tuple(axes.values()))
+    return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+
+
+def compile_for_tpu(
+    fn: Callable[..., Any],
+    *args: Any,
+    chip: str = "v5e",
+    devices: int = 1,
+    mesh: Mesh | None = None,
+    in_specs: Any = None,
+    donate_argnums: int | Sequence[int] = (),
+) -> Profile:
+    """Compiles ``fn(*args)`` with libtpu and estimates what it costs on one device. No TPU is needed.
+
+    Args:
+      fn: any function that ``jax.jit`` takes. Bind what is static with ``functools.partial``.
+      *args: pytrees of arrays, numbers or ``jax.ShapeDtypeStruct``; only shapes and dtypes matter. A struct whose
+        sharding is on a mesh of ``tpu_mesh`` keeps it.
+      chip: ``"v5e"``, ``"v5p"``, ``"v6e"`` or ``"tpu7x"``.
+      devices: how many devices to compile for, on one mesh axis ``"data"``.
+      mesh: a mesh of ``tpu_mesh``, instead of ``chip`` and ``devices``' own.
+      in_specs: ``PartitionSpec`` of the arguments: one for all, or a tuple with one (or a pytree of them) for each
+        argument. Replicated by default.
+      donate_argnums: arguments whose memory the outputs may take, as in ``jax.jit``.
+
+    Returns:
+      A ``Profile``: a static estimate. It models bundles, matrix units and HBM bandwidth; not links between devices,
+      not what starting a grid step or a DMA costs.
+
+    Raises:
+      UserError: libtpu is missing or was loaded without dumps, or chip or devices are none of those accepted.
+    """
+    kind = find_chip(chip)
+    if mesh is None:
+        mesh = tpu_mesh(chip, {"data": devices})
+    elif mesh.devices.flat[0].platform != "tpu":
+        raise UserError(f"mesh: got one of {mesh.devices.flat[0].platform} devices, accepted are those of tpu_mesh()")
+    in_specs = PartitionSpec() if in_specs is None else in_specs
+    specs = (
+        in_specs if isinstance(in_specs, tuple) and not isinstance(in_specs, PartitionSpec) else (in_specs,) * len(args)
+    )
+    if len(specs) != len(args):
+        raise UserError(
+            f"in_specs: got {len(specs)} for {len(args)} arguments, accepted is one for each or one for all"
+        )
+    structs = tuple(_describe(arg, spec, mesh) for arg, spec in zip(args, specs, strict=True))
+
+    # jax keeps compilations: a new function object makes it compile, and so dump, again.
+    @functools.wraps(fn, updated=())
+    def traced(*inputs):
+        return fn(*inputs)
+
+    with _one_at_a_time, _without_compilation_cache():
+        folder = dump_folder()
+        started = time.perf_counter()
+        try:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                lowered = jax.jit(traced, donate_argnums=donate_argnums).lower(*structs)
+            compiled = lowered.compile()
+            seconds = time.perf_counter() - started
+            dumps = _read_dumps(folder)
+        finally:
+            for file in folder.iterdir():
+                file.unlink(missing_ok=True)
+    ops, notes = estimate_ops(parse_module(compiled.as_text()), dumps, kind)
+    memory = compiled.memory_analysis()
+    peak = getattr(memory, "peak_memory_in_bytes", 0) or (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    if peak > kind.hbm_bytes:
+        notes.append(f"peak memory {peak / 1e9:.1f} GB is more than the chip's {kind.hbm_bytes / 1e9:.0f} GB")
+    return Profile(
+        chip=chip,
+        devices=mesh.size,
+        ops=tuple(ops),
+        hbm_bytes_per_second=kind.hbm_bytes_per_second,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        peak_bytes=peak,
+        hbm_capacity_bytes=int(kind.hbm_bytes),
+        compile_seconds=seconds,
+        notes=tuple(notes),
+    )
+
+
+def _describe(arg: Any, spec: Any, mesh: Mesh) -> Any:
+    """The argument's shapes and dtypes with a sharding on the mesh; ``spec`` may be a tree prefix of ``arg``."""
+
+    def leaf(value: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+            value = jax.eval_shape(lambda: jax.numpy.asarray(value))
+        sharding = getattr(value, "sharding", None)
+        if not (isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh == mesh):
+            sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+
+    is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
+    return jax.tree.map(lambda s, part: jax.tree.map(lambda v: leaf(v, s), part), spec, arg, is_leaf=is_spec)
+
+
+def _read_dumps(folder: Path) -> dict[str, str]:
+    names = {file: _DUMP_NAME.match(file.name) for file in sorted(folder.iterdir())}
+    dumps = {found["op"]: file for file, found in names.items() if found}
+    return {
+        op: file.read_text(errors="replace") for op, file in dumps.items() if not op.startswith("<") and op != "TLP"
+    }
+
+
+@contextlib.contextmanager
+def _without_compilation_cache() -> Iterator[None]:
+    """A program that comes from the cache on disk leaves no dump."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)

@@ -1,0 +1,176 @@
+"""Puts a time on every operation of a compiled module: its HLO, its bundle dump if there is one, and the chip."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+from clipa_fast.profiling.bundles import parse_runs
+from clipa_fast.profiling.chips import Chip
+from clipa_fast.profiling.execution import Execution, execute
+from clipa_fast.profiling.hlo import FREE, Instruction, Module, hbm_bytes, trip_counts
+from clipa_fast.profiling.profile import Op
+
+_COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_MOVEMENT = {"parameter", "bitcast", "copy", "transpose", "reshape", "tuple", "get-tuple-element"}
+_SCALAR_BYTES = 4096  # an operation without a dump that moves no more is scalar bookkeeping
+_MATMULS = {"convolution", "dot"}
+
+
+def estimate_ops(module: Module, dumps: Mapping[str, str], chip: Chip) -> tuple[list[Op], list[str]]:
+    """Estimates every operation of a module.
+
+    Args:
+      module: the compiled module.
+      dumps: bundle dump of each operation that has one, by name.
+      chip: the chip it was compiled for.
+
+    Returns:
+      The operations, and notes about what could not be seen.
+    """
+    executions = {name: _execute(text, chip) for name, text in dumps.items()}
+    twins = _twins(module, executions)
+    counts, asynchronous, notes = trip_counts(module)
+    ops = []
+    for computation, count in counts.items():
+        for instruction in module.computations[computation].values():
+            if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
+                continue
+            execution = executions.get(instruction.name)
+            basis = "bundles"
+            if execution is None:
+                execution, basis = twins.get(_signature(module, computation, instruction)), "twin"
+            beside = computation in asynchronous
+            op = _estimate(module, computation, instruction, execution, basis, count, beside, chip)
+            if op.basis != "bytes" or op.hbm_bytes > _SCALAR_BYTES * count or op.collective_bytes:
+                ops.append(op)
+    guessed = sum(op.time_us for op in ops if op.basis in ("xla", "bytes"))
+    if guessed > 0.02 * sum(op.time_us for op in ops):
+        notes.append(
+            f"{guessed:.0f} us rest on XLA's cycle counts or on bytes alone: those operations have no bundle dump"
+        )
+    unknown = [name for name, execution in executions.items() if execution.unknown_branches]
+    if unknown:
+        notes.append(
+            f"branches on data counted as not skipped in {', '.join(unknown[:5])}" + ", ..." * (len(unknown) > 5)
+        )
+    return ops, notes
+
+
+def _execute(text: str, chip: Chip) -> Execution:
+    execution = execute(parse_runs(text, chip.branch_delay), chip.cycles_per_matmul)
+    # A program that asks which core it is on shares the work: the others move as much as the one followed.
+    cores = chip.cores if "/* core id */" in text else 1
+    return dataclasses.replace(execution, dma_bytes=execution.dma_bytes * cores)
+
+
+def _estimate(
+    module: Module,
+    computation: str,
+    instruction: Instruction,
+    execution: Execution | None,
+    basis: str,
+    count: int,
+    asynchronous: bool,
+    chip: Chip,
+) -> Op:
+    kind = "async" if asynchronous else op_kind(module, instruction)
+    moved = hbm_bytes(module, computation, instruction)
+    collective_bytes = 0
+    if kind == "collective":
+        siblings = module.computations[computation]
+        given = sum(s.padded_bytes for name in instruction.operands if name in siblings for s in siblings[name].shapes)
+        collective_bytes = max(given, max((s.padded_bytes for s in instruction.shapes), default=0))
+    bundle_us = mxu_us = cycle_us = 0.0
+    trips = spills = 0
+    if execution is not None:
+        if not execution.unknown_sizes:
+            moved = round(execution.dma_bytes)
+        per_us = chip.clock_hz / 1e6
+        bundle_us = execution.bundles / per_us
+        mxu_us = execution.matmuls * chip.cycles_per_matmul / per_us
+        cycle_us = execution.cycles / per_us
+        trips = execution.trips
+        spills = round(execution.spill_stores + execution.spill_loads)
+    elif instruction.estimated_cycles:
+        # XLA's count is close for matrix work, and about twice too long for the rest.
+        basis = "xla"
+        cycle_us = bundle_us = instruction.estimated_cycles / (1 if kind == "matmul" else 2) / chip.clock_hz * 1e6
+    else:
+        basis = "bytes"
+        if instruction.opcode == "custom-call":
+            moved = 0
+    time_us = max(cycle_us, moved / chip.hbm_bytes_per_second * 1e6)
+    if kind in ("async", "collective"):
+        time_us = bundle_us = 0.0
+    return Op(
+        name=instruction.name,
+        kind=kind,
+        time_us=time_us * count,
+        bundle_us=bundle_us * count,
+        mxu_us=mxu_us * count,
+        hbm_bytes=moved * count,
+        count=count,
+        trips=trips,
+        spills=spills * count,
+        vmem_bytes=_vmem_bytes(instruction),
+        collective_bytes=collective_bytes * count,
+        source=instruction.op_name,
+        basis=basis,
+    )
+
+
+def op_kind(module: Module, instruction: Instruction) -> str:
+    """The ``Op.kind`` of an instruction."""
+    inside = {instruction.opcode} if instruction.opcode != "fusion" else _opcodes(module, instruction.called("calls"))
+    if any(opcode.startswith(_COLLECTIVES) for opcode in inside):
+        return "collective"
+    if instruction.opcode.endswith("-start"):
+        return "async"
+    if instruction.opcode == "custom-call":
+        return "pallas" if 'custom_call_target="tpu_custom_call"' in instruction.attributes else "custom-call"
+    if inside & _MATMULS:
+        return "matmul"
+    return "copy" if inside <= _MOVEMENT else "fusion"
+
+
+def _opcodes(module: Module, computation: str | None) -> set[str]:
+    found: set[str] = set()
+    for instruction in module.computations.get(computation or "", {}).values():
+        if instruction.opcode == "fusion":
+            found |= _opcodes(module, instruction.called("calls"))
+        else:
+            found.add(instruction.opcode)
+    return found
+
+
+def _twins(module: Module, executions: Mapping[str, Execution]) -> dict[tuple, Execution]:
+    """Of several identical operations only one has a dump: executions by what makes operations identical."""
+    twins = {}
+    for computation, instructions in module.computations.items():
+        for name, instruction in instructions.items():
+            if name in executions:
+                twins[_signature(module, computation, instruction)] = executions[name]
+    return twins
+
+
+def _signature(module: Module, computation: str, instruction: Instruction) -> tuple:
+    siblings = module.computations[computation]
+    operands = tuple(shape.text for name in instruction.operands if name in siblings for shape in siblings[name].shapes)
+    inside = tuple(sorted(_opcodes(module, instruction.called("calls"))))
+    results = tuple(shape.text for shape in instruction.shapes)
+    return instruction.opcode, results, operands, instruction.estimated_cycles, inside
+
+
+def _vmem_bytes(instruction: Instruction) -> int:
+    used = re.search(r'"used_scoped_memory_configs":\[([^\]]*)\]', instruction.attributes)
+    sizes = re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', used.group(1)) if used else ()
+    return max(map(int, sizes), default=0)
