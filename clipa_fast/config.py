@@ -9,7 +9,8 @@ import dataclasses
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import dacite
 import yaml
@@ -58,9 +59,13 @@ class OptimizerConfig:
     """AdamW as the papers use it."""
 
     beta1: float = 0.9
+    """Decay of the first moment."""
     beta2: float = 0.95
+    """Decay of the second moment."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: float = 0.2
+    """Decoupled weight decay, times the learning rate."""
     decay: Literal["kernels", "all_but_norms", "matrices"] = "kernels"
     """What is decayed: kernels (CLIPA's JAX code), all_but_norms (its t5x branch: token table and class token too),
     matrices (open_clip: every parameter of two and more dimensions)."""
@@ -77,6 +82,7 @@ class StageConfig:
     """One stage of a run: what is seen, at which size, for how long."""
 
     name: str = "pretrain"
+    """Shown in progress, metrics and report."""
     image_size: int = 112
     """Side of the square training picture in pixels; a multiple of the patch."""
     text_length: int = 16
@@ -125,12 +131,15 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     stages: tuple[StageConfig, ...] = (StageConfig(),)
+    """Stages in order; each carries the parameters on and starts the optimizer afresh."""
     seed: int = 0
+    """Fixes initialisation, masks, crops and the order of the data."""
     log_every: int = 50
     """Steps between metrics rows."""
     checkpoint_every: int = 500
     """Steps between checkpoints; one is written at each stage's end too."""
     keep_checkpoints: int = 2
+    """Newest checkpoints that stay on disk."""
 
 
 def load_config(path: str | Path) -> RunConfig:
@@ -158,9 +167,12 @@ def config_from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
         return dacite.from_dict(RunConfig, raw, dacite.Config(strict=True, cast=[tuple], type_hooks=hooks))
     except dacite.UnexpectedDataError as error:
         unknown = sorted(error.keys)[0]
-        near = difflib.get_close_matches(unknown, _field_names(RunConfig), n=1)
+        near = difflib.get_close_matches(unknown, _field_names(), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(f"{where}: unknown field {unknown!r}{hint}") from error
+    except dacite.WrongTypeError as error:
+        accepted = " or ".join(_accepted(error.field_type))
+        raise UserError(f"{where}: {error.field_path}: got {error.value!r}; accepted: {accepted}") from error
     except (dacite.DaciteError, ValueError) as error:
         raise UserError(f"{where}: {error}") from error
 
@@ -176,6 +188,14 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
+def _accepted(kind: Any) -> list[str]:
+    if get_origin(kind) is Literal:
+        return [repr(value) for value in get_args(kind)]
+    if get_origin(kind) in (Union, UnionType):
+        return [name for part in get_args(kind) for name in _accepted(part)]
+    return ["nothing" if kind is type(None) else getattr(kind, "__name__", str(kind))]
+
+
 def _to_float(value: Any) -> float:
     # YAML 1.1 reads 8e-6 as a string.
     if isinstance(value, bool):
@@ -187,10 +207,6 @@ def _to_strings(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def _field_names(cls: type) -> list[str]:
-    names = []
-    for f in dataclasses.fields(cls):
-        names.append(f.name)
-    for nested in (ModelConfig, DataConfig, StageConfig, OptimizerConfig, TowerSize):
-        names += [f.name for f in dataclasses.fields(nested)] if cls is RunConfig else []
-    return names
+def _field_names() -> list[str]:
+    parts = (RunConfig, ModelConfig, DataConfig, StageConfig, OptimizerConfig, TowerSize)
+    return [f.name for part in parts for f in dataclasses.fields(part)]

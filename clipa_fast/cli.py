@@ -1,0 +1,160 @@
+"""The command line: parses, calls one function, turns errors into one line and an exit code. Imports no jax to parse."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from clipa_fast.config import RunConfig, config_to_yaml, load_config
+from clipa_fast.errors import UserError
+from clipa_fast.recipes import RECIPES
+
+EXIT_USER_ERROR = 2
+EXIT_NON_FINITE = 3
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a run, or go on with the one in the folder."""
+
+    run_dir: Path
+    """Folder of the run: config, metrics, checkpoints, report."""
+    config: Path | None = None
+    """YAML file of the run; flags override it."""
+    recipe: str | None = None
+    """A recipe by name instead of a file; `clipa-fast recipes` lists them."""
+    settings: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluate a run: zero-shot classification where classes are given, and retrieval."""
+
+    run_dir: Path
+    """Folder of a trained run."""
+    data: tuple[str, ...]
+    """Tar shards (paths, globs, brace lists), or `glyphs` for its two unseen styles."""
+    class_names: Path | None = None
+    """JSON with "classes" (label, name, ...) and "templates"; samples carry their label in their json."""
+    class_filter: str | None = None
+    """FIELD=VALUE: only classes whose entry in class_names says so are candidates, such as split=seen."""
+    batch_size: int = 256
+    """Pictures or captions encoded at once."""
+    output: Path | None = None
+    """Write the figures there as JSON too."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Learn the names of glyphs on few tokens, read them in two unseen styles, write a report. Needs no data."""
+
+    run_dir: Path = Path("runs/demo")
+    """Folder of the run; an interrupted demo goes on there."""
+    seed: int = 0
+    """Seed of the run."""
+    samples_scale: float = 1.0
+    """Multiplies the samples of both stages; below 1 for a quick look."""
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """List the built-in recipes, or print one as YAML to start a config from."""
+
+    name: Annotated[str | None, tyro.conf.Positional] = None
+    """Recipe to print."""
+
+
+Command = (
+    Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Recipes, tyro.conf.subcommand("recipes")]
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `clipa-fast`. Exit codes: 0 done, 2 wrong input, 3 loss not finite, 128 + signal when stopped."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        arguments = _parse(argv)
+        _run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_USER_ERROR) from error
+
+
+def _parse(argv: list[str]):
+    if argv[:1] != ["train"]:
+        return tyro.cli(Command, args=argv, prog="clipa-fast", description="Train CLIP on few tokens.")
+    # The file or recipe gives the defaults that `--help` shows and flags override.
+    base = Train(run_dir=tyro.MISSING, settings=_base_config(argv))
+    # A tower's sizes are a file's matter: as flags they would be a subcommand each.
+    plain = (tyro.conf.AvoidSubcommands,)
+    return tyro.cli(Train, default=base, args=argv[1:], prog="clipa-fast train", config=plain)
+
+
+def _base_config(argv: list[str]) -> RunConfig:
+    config, recipe = _flag(argv, "--config"), _flag(argv, "--recipe")
+    if config is not None and recipe is not None:
+        raise UserError("--config and --recipe: give one of them")
+    if config is not None:
+        return load_config(config)
+    return RunConfig() if recipe is None else find_recipe(recipe)
+
+
+def _flag(argv: list[str], name: str) -> str | None:
+    for index, word in enumerate(argv):
+        if word == name and index + 1 < len(argv):
+            return argv[index + 1]
+        if word.startswith(name + "="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def _stoppable(run: Callable[[], None]) -> None:
+    """Runs a training command; a run that was told to stop exits with 128 + the signal, a broken one with 3."""
+    from clipa_fast.trainer import Interrupted, NonFiniteLoss
+
+    try:
+        run()
+    except Interrupted as stopped:
+        print(f"{stopped}; a checkpoint is written. To go on: {shlex.join(['clipa-fast', *sys.argv[1:]])}", file=sys.stderr)
+        raise SystemExit(128 + stopped.signal) from stopped
+    except NonFiniteLoss as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_NON_FINITE) from error
+
+
+def find_recipe(name: str) -> RunConfig:
+    """The recipe called `name`. Raises UserError with the known ones."""
+    if name not in RECIPES:
+        raise UserError(f"recipe: unknown {name!r}; accepted: {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def _run(arguments: Train | Eval | Demo | Recipes) -> None:
+    if isinstance(arguments, Recipes):
+        from clipa_fast.recipe_table import print_recipes
+
+        return print(config_to_yaml(find_recipe(arguments.name)), end="") if arguments.name else print_recipes()
+    # What follows needs jax.
+    from clipa_fast import commands
+
+    if isinstance(arguments, Train):
+        return _stoppable(lambda: commands.train_command(arguments.settings, arguments.run_dir))
+    if isinstance(arguments, Demo):
+        return _stoppable(lambda: commands.demo_command(arguments.run_dir, arguments.seed, arguments.samples_scale))
+    return commands.eval_command(
+        arguments.run_dir,
+        arguments.data,
+        class_names=arguments.class_names,
+        class_filter=arguments.class_filter,
+        batch_size=arguments.batch_size,
+        output=arguments.output,
+    )

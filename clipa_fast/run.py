@@ -1,0 +1,96 @@
+"""A run's folder: its config, tokenizer, checkpoints, metrics and report, and how a run starts or goes on there.
+
+    RUN/config.yaml  RUN/tokenizer.json  RUN/checkpoints/  RUN/metrics.jsonl  RUN/tensorboard/  RUN/report.html
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipa_fast.config import RunConfig, config_to_yaml, load_config
+from clipa_fast.data.glyphs import GlyphSource
+from clipa_fast.data.shards import ShardSource
+from clipa_fast.data.source import Source
+from clipa_fast.errors import UserError
+from clipa_fast.model.presets import PAPER_VOCAB_SIZE, towers
+from clipa_fast.text.tokenizer import WordPieceTokenizer
+
+GLYPHS = "glyphs"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder holds before training starts."""
+
+    folder: Path
+    config: RunConfig
+    """With `model.vocab_size` filled in."""
+    tokenizer: WordPieceTokenizer
+
+
+def open_source(patterns: tuple[str, ...], split: str = "train") -> Source:
+    """The pictures and captions that `patterns` name: tar shards, or the built-in `glyphs`.
+
+    Raises:
+      UserError: nothing named, glyphs mixed with shards, or what `ShardSource` finds wrong.
+    """
+    if not patterns:
+        raise UserError("data: no shards given; accepted: tar paths, globs, brace lists, or glyphs")
+    if GLYPHS in patterns:
+        if len(patterns) > 1:
+            raise UserError(f"data: {GLYPHS} cannot be mixed with shards, got {', '.join(patterns)}")
+        return GlyphSource(split)
+    return ShardSource(patterns)
+
+
+def start_run(config: RunConfig, folder: Path, source: Source) -> Run:
+    """Makes the folder, or reopens it where it already holds this very run.
+
+    Raises:
+      UserError: the folder holds a run of another config, or a file is in the way.
+    """
+    towers(config.model)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run_dir: {folder} is a file")
+    if (folder / "config.yaml").is_file():
+        run = open_run(folder)
+        asked = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=run.config.model.vocab_size))
+        if asked != run.config:
+            raise UserError(f"run_dir: {folder} holds a run with another config; accepted: the same config, or a new folder")
+        return run
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = _make_tokenizer(config, source)
+    vocab_size = config.model.vocab_size
+    if vocab_size is None:
+        vocab_size = tokenizer.vocab_size if config.data.tokenizer is None else max(PAPER_VOCAB_SIZE, tokenizer.vocab_size)
+    elif vocab_size < tokenizer.vocab_size:
+        raise UserError(f"model.vocab_size: {vocab_size} is less than the tokenizer's {tokenizer.vocab_size} entries")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+    tokenizer.save(folder / "tokenizer.json")
+    # The config comes last and whole: a folder with one is a run that can go on.
+    partial = folder / "config.yaml.partial"
+    partial.write_text(config_to_yaml(config))
+    os.replace(partial, folder / "config.yaml")
+    return Run(folder, config, tokenizer)
+
+
+def open_run(folder: Path) -> Run:
+    """An existing run.
+
+    Raises:
+      UserError: the folder holds none.
+    """
+    if not (folder / "config.yaml").is_file() or not (folder / "tokenizer.json").is_file():
+        raise UserError(f"run_dir: no run in {folder}; accepted: a folder made by clipa-fast train")
+    return Run(folder, load_config(folder / "config.yaml"), WordPieceTokenizer.from_file(folder / "tokenizer.json"))
+
+
+def _make_tokenizer(config: RunConfig, source: Source) -> WordPieceTokenizer:
+    path = config.data.tokenizer
+    if path is None:
+        captions = [caption for index in range(len(source)) for caption in source.captions(index)]
+        return WordPieceTokenizer.train(captions, config.data.trained_vocab_size)
+    return WordPieceTokenizer.from_file(path) if path.endswith(".json") else WordPieceTokenizer.from_vocabulary(path)
