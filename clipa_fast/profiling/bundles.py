@@ -33,7 +33,6 @@ _POINTER = re.compile(r"%(\w+) = int_to_ptr\.(\w+)")
 class Branch:
     predicate: str | None
     negated: bool
-    region: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +53,6 @@ class Run:
     matmuls: float = 0.0  # full bf16 vector-matmuls on the busiest matrix unit
     spill_stores: int = 0
     spill_loads: int = 0
-    is_loop_start: bool = False
     phis: list[Scalar] = dataclasses.field(default_factory=list)
     steps: list[Scalar | Dma] = dataclasses.field(default_factory=list)  # in program order
     branch: Branch | None = None
@@ -77,28 +75,33 @@ def parse_runs(text: str, branch_delay: int) -> list[Run]:
     """
     bundles = _parse_bundles(text)
     memory_of_pointer = dict(_POINTER.findall(text))
-    region_starts = {region: place for place, bundle in enumerate(bundles) for region in bundle.regions}
-    branches = {}
+    branches: dict[int, tuple[Branch, int]] = {}  # by their last delay slot, with the bundle they lead to
     for place, bundle in enumerate(bundles):
         for instruction in bundle.instructions:
             if found := _BRANCH.search(instruction):
-                branches[place] = Branch(found["predicate"], bool(found["not"]), int(found["region"]))
-    ends = {min(place + branch_delay, len(bundles) - 1): branch for place, branch in branches.items()}
-    cuts = (
-        {0} | {end + 1 for end in ends} | {region_starts[b.region] for b in ends.values() if b.region in region_starts}
-    )
+                branch = Branch(found["predicate"], bool(found["not"]))
+                slot = min(place + branch_delay, len(bundles) - 1)
+                branches[slot] = branch, _landing(bundles, place, int(found["region"]))
+    cuts = {0, *(slot + 1 for slot in branches), *(landing for _, landing in branches.values())}
     cuts |= {place for place, bundle in enumerate(bundles) if bundle.label == "LB"}
     starts = sorted(cut for cut in cuts if cut < len(bundles))
     runs = []
     for start, stop in zip(starts, [*starts[1:], len(bundles)], strict=True):
         run = _make_run(bundles[start:stop], memory_of_pointer)
-        run.branch = ends.get(stop - 1)
-        if run.branch and run.branch.region in region_starts:
-            run.target = bisect.bisect_left(starts, region_starts[run.branch.region])
-        elif run.branch:
-            run.branch = None
+        if stop - 1 in branches:
+            run.branch, landing = branches[stop - 1]
+            run.target = bisect.bisect_left(starts, landing)
         runs.append(run)
     return _keep_needed_scalars(runs)
+
+
+def _landing(bundles: list[_Bundle], place: int, region: int) -> int:
+    """The bundle where a region starts; one that no comment names starts at the next unnamed fall-through label."""
+    for landing, bundle in enumerate(bundles):
+        if region in bundle.regions:
+            return landing
+    unnamed = (i for i in range(place, len(bundles)) if bundles[i].label == "PF" and not bundles[i].regions)
+    return next(unnamed, len(bundles))
 
 
 def _parse_bundles(text: str) -> list[_Bundle]:
@@ -115,7 +118,7 @@ def _parse_bundles(text: str) -> list[_Bundle]:
 
 
 def _make_run(bundles: list[_Bundle], memory_of_pointer: dict[str, str]) -> Run:
-    run = Run(bundles=len(bundles), is_loop_start=bundles[0].label == "LB")
+    run = Run(bundles=len(bundles))
     matmuls: collections.Counter[str] = collections.Counter()
     for bundle in bundles:
         for instruction in bundle.instructions:

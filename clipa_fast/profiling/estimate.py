@@ -66,10 +66,13 @@ def estimate_ops(module: Module, dumps: Mapping[str, str], chip: Chip) -> tuple[
 
 
 def _execute(text: str, chip: Chip) -> Execution:
-    execution = execute(parse_runs(text, chip.branch_delay), chip.cycles_per_matmul)
-    # A program that asks which core it is on shares the work: the others move as much as the one followed.
-    cores = chip.cores if "/* core id */" in text else 1
-    return dataclasses.replace(execution, dma_bytes=execution.dma_bytes * cores)
+    runs = parse_runs(text, chip.branch_delay)
+    first = execute(runs, chip.cycles_per_matmul)
+    if "/* core id */" not in text:
+        return first
+    # The cores share the work, or the others skip it; what they move adds up.
+    others = [execute(runs, chip.cycles_per_matmul, core) for core in range(1, chip.cores)]
+    return dataclasses.replace(first, dma_bytes=first.dma_bytes + sum(other.dma_bytes for other in others))
 
 
 def _estimate(

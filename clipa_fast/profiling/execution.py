@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from clipa_fast.profiling.bundles import GRANULE_BYTES, Branch, Dma, Run
-from clipa_fast.profiling.scalars import Scalar, Value, evaluate
+from clipa_fast.profiling.scalars import CORE_ID, Scalar, Value, evaluate
 
 _MOST_RUNS = 400_000  # a few seconds; longer programs are followed that far and scaled up
 
@@ -29,13 +29,13 @@ class Execution:
     unknown_sizes: bool = False  # some DMA's size could not be told: dma_bytes lacks it
 
 
-def execute(runs: list[Run], cycles_per_matmul: int) -> Execution:
-    """Runs the scalar part of a program and returns what was passed."""
+def execute(runs: list[Run], cycles_per_matmul: int, core: int = 0) -> Execution:
+    """Runs the scalar part of a program, as core number ``core`` of the chip would, and returns what was passed."""
     counts = [0] * len(runs)
     granules = 0.0
     unknown: set[int] = set()
     unknown_sizes = False
-    values: dict[str, Value] = {}
+    values: dict[str, Value] = {CORE_ID: core}
     age: dict[str, int] = {}
     place, steps, scale = 0, 0, 1.0
     while place < len(runs):

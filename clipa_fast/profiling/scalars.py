@@ -10,6 +10,8 @@ import dataclasses
 import re
 from collections.abc import Callable
 
+CORE_ID = "core_id"  # stands in for a register: which of a chip's cores the program runs on
+
 _ASSIGNMENT = re.compile(r"^%(?P<name>[sp]\d\w*) = (?P<op>[\w.]+)\s*(?P<rest>.*)$", re.DOTALL)
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _SPILL = re.compile(r"\[smem:\[#(allocation\d+_spill)\]\]")
@@ -48,8 +50,7 @@ def parse_scalar(instruction: str) -> Scalar | None:
     if op == "sld":
         if spilled := _SPILL.match(rest):
             return Scalar(name, "smov", (spilled[1],))
-        # A megacore program asks which core it runs on; the first is followed.
-        return Scalar(name, "core_id" if "/* core id */" in rest else "unknown", ())
+        return Scalar(name, "smov", (CORE_ID if "/* core id */" in rest else None,))
     rest = _COMMENT.sub("", rest).strip(" }")
     guard = _GUARD.match(rest)
     if guard:
@@ -132,7 +133,6 @@ _LOGIC: dict[str, Callable[[list[Value]], Value]] = {
     "pneg": lambda values: _not(values[0]),
     "pmov": lambda values: values[0],
     "scalar_select": _select,
-    "core_id": lambda values: 0,
 }
 _COMPARE = {
     "eq": lambda a, b: a == b,
