@@ -1,0 +1,215 @@
+"""Crop, resize and colour jitter of pictures, on the CPU, in uint8.
+
+Every random choice is made from uniform numbers that the caller drew, a fixed number per picture, so that a picture's
+fate does not depend on the others of its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import numpy as np
+from PIL import Image
+
+from clipa_fast.errors import UserError
+
+EvalResize = Literal["squash", "shorter_side"]
+Filter = Literal["bilinear", "bicubic"]
+
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_ASPECT_TRIES = 8
+CROP_UNIFORMS = _ASPECT_TRIES + 3
+"""Uniform numbers that `crop_boxes` takes per picture."""
+JITTER_UNIFORMS = 10
+"""Uniform numbers that `color_jitter_gray` takes per picture."""
+# Rows jittered at once: their float32 copies should stay in the CPU's cache.
+_JITTER_BYTES = 2 << 20
+
+
+def resize(
+    picture: np.ndarray,
+    size: int,
+    *,
+    box: Sequence[float] | None = None,
+    filter: Filter = "bilinear",
+    truncate: bool = False,
+) -> np.ndarray:
+    """Resizes a part of a picture to a square, antialiased when shrinking.
+
+    Args:
+      picture: uint8 [H, W] or [H, W, 3].
+      size: side S of the result in pixels.
+      box: (left, top, right, bottom) of the part in pixels; None: the whole picture.
+      filter: "bilinear", as CLIPA, or "bicubic", as open_clip.
+      truncate: cast to uint8 by truncation, as CLIPA's JAX code does, instead of rounding: half a level darker in the
+        mean, and about twice the time for RGB.
+
+    Returns:
+      uint8 [S, S] or [S, S, 3].
+    """
+    if filter not in _FILTERS:
+        raise UserError(f"filter: got {filter!r}; accepted: {', '.join(_FILTERS)}")
+    corners = None if box is None else (box[0], box[1], box[2], box[3])
+    if truncate:
+        planes = picture.astype(np.float32).reshape(*picture.shape[:2], -1)
+        out = [
+            np.asarray(Image.fromarray(planes[:, :, c]).resize((size, size), _FILTERS[filter], box=corners))
+            for c in range(planes.shape[2])
+        ]
+        # The 0.001 keeps whole numbers whole under float32 rounding.
+        stacked = np.clip(np.stack(out, axis=2) + 1e-3, 0, 255).astype(np.uint8)
+        return stacked.reshape(size, size, *picture.shape[2:])
+    if box is None and picture.shape[:2] == (size, size):
+        return picture
+    return np.asarray(Image.fromarray(picture).resize((size, size), _FILTERS[filter], box=corners))
+
+
+def eval_resize(
+    picture: np.ndarray, size: int, how: EvalResize = "squash", filter: Filter = "bilinear", truncate: bool = False
+) -> np.ndarray:
+    """A picture as evaluation sees it, uint8 [S, S] or [S, S, 3].
+
+    "squash" ignores the aspect ratio (CLIPA-v2's fine-tuned models); "shorter_side" takes the largest square in the
+    middle (CLIPA v1 and CLIPA's pretraining).
+
+    Raises:
+      UserError: an unknown name.
+    """
+    if how not in get_args(EvalResize):
+        raise UserError(f"resize: got {how!r}; accepted: {', '.join(get_args(EvalResize))}")
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    left, top = (width - side) / 2, (height - side) / 2
+    box = None if how == "squash" else (left, top, left + side, top + side)
+    return resize(picture, size, box=box, filter=filter, truncate=truncate)
+
+
+def crop_boxes(
+    height: np.ndarray | int,
+    width: np.ndarray | int,
+    uniforms: np.ndarray,
+    area: tuple[float, float] = (0.4, 1.0),
+    aspect: tuple[float, float] = (0.75, 1.33),
+) -> np.ndarray:
+    """Random crops in Inception's manner, as TensorFlow's sample_distorted_bounding_box draws them.
+
+    The aspect ratio (width / height) is uniform in its range, the height uniform among the whole numbers that keep the
+    area in its range and the crop in the picture, the place uniform. An aspect ratio that leaves no height is drawn
+    again; after eight the whole picture is taken.
+
+    Args:
+      height, width: of the pictures in pixels, [B] or one for all.
+      uniforms: float [B, CROP_UNIFORMS] in [0, 1).
+      area: smallest and largest share of the picture's area, in (0, 1].
+      aspect: smallest and largest aspect ratio.
+
+    Returns:
+      int64 [B, 4]: left, top, right, bottom.
+    """
+    height = np.broadcast_to(np.asarray(height, np.float64), len(uniforms))
+    width = np.broadcast_to(np.asarray(width, np.float64), len(uniforms))
+    aspects = aspect[0] + uniforms[:, :_ASPECT_TRIES] * (aspect[1] - aspect[0])
+    pixels = (height * width)[:, None]
+    lowest = np.maximum(np.ceil(np.sqrt(area[0] * pixels / aspects) - 1e-9), 1)
+    highest = np.floor(np.minimum(np.sqrt(area[1] * pixels / aspects), width[:, None] / aspects) + 1e-9)
+    highest = np.minimum(highest, height[:, None])
+    is_possible = highest >= lowest
+    row = np.arange(len(uniforms))
+    chosen = np.argmax(is_possible, axis=1)
+    lowest, highest, aspects = lowest[row, chosen], highest[row, chosen], aspects[row, chosen]
+    u_height, u_top, u_left = uniforms[:, _ASPECT_TRIES:].T
+    crop_height = lowest + np.floor(u_height * (highest - lowest + 1))
+    crop_width = np.clip(np.round(crop_height * aspects), 1, width)
+    whole = ~is_possible.any(axis=1)
+    crop_height, crop_width = np.where(whole, height, crop_height), np.where(whole, width, crop_width)
+    top = np.floor(u_top * (height - crop_height + 1))
+    left = np.floor(u_left * (width - crop_width + 1))
+    return np.stack([left, top, left + crop_width, top + crop_height], axis=1).astype(np.int64)
+
+
+def check_crop(area: tuple[float, float], aspect: tuple[float, float]) -> None:
+    """Raises UserError unless 0 < area[0] <= area[1] <= 1 and 0 < aspect[0] <= aspect[1]."""
+    if not 0 < area[0] <= area[1] <= 1:
+        raise UserError(f"crop_area: got {area}; accepted: smallest and largest share, 0 < smallest <= largest <= 1")
+    if not 0 < aspect[0] <= aspect[1]:
+        raise UserError(f"crop_aspect: got {aspect}; accepted: smallest and largest width / height, above 0")
+
+
+def color_jitter_gray(images: np.ndarray, uniforms: np.ndarray, strength: float = 0.4) -> np.ndarray:
+    """SimCLR's colour jitter and random grey, as CLIPA's large models are trained with (simclr_jitter_gray).
+
+    With probability 0.8 brightness, contrast and saturation are multiplied by U(1 - 0.8 strength, 1 + 0.8 strength)
+    and hue is turned by U(-0.2 strength, 0.2 strength) of the circle, in random order, clipping to the range after
+    each; then with probability 0.2 the picture becomes grey.
+
+    Args:
+      images: uint8 [B, S, S, 3].
+      uniforms: float [B, JITTER_UNIFORMS] in [0, 1).
+      strength: of the colour jitter, 0 to 1.
+
+    Returns:
+      uint8 [B, S, S, 3], rounded to nearest.
+    """
+    jittered = uniforms[:, 0] < 0.8
+    order = np.argsort(uniforms[:, 1:5], axis=1, kind="stable")
+    spread = strength * np.array([0.8, 0.8, 0.8, 0.2])
+    center = np.array([1.0, 1.0, 1.0, 0.0])
+    factors = (center + spread * (2 * uniforms[:, 5:9] - 1)).astype(np.float32)
+    grey = uniforms[:, 9] < 0.2
+    out = images.copy()
+    touched = np.flatnonzero(jittered | grey)
+    chunk = max(1, _JITTER_BYTES // (4 * max(1, images[0].size))) if len(images) else 1
+    for start in range(0, len(touched), chunk):
+        part = touched[start : start + chunk]
+        pixels = images[part].astype(np.float32) / 255
+        for place in range(4):
+            for operation, adjust in enumerate(_ADJUSTMENTS):
+                rows = np.flatnonzero(jittered[part] & (order[part, place] == operation))
+                if len(rows):
+                    factor = factors[part[rows], operation][:, None, None, None]
+                    pixels[rows] = np.clip(adjust(pixels[rows], factor), 0, 1)
+        rows = np.flatnonzero(grey[part])
+        pixels[rows] = (pixels[rows] @ _LUMA)[..., None]
+        out[part] = np.round(pixels * 255).astype(np.uint8)
+    return out
+
+
+_LUMA = np.array([0.2989, 0.587, 0.114], np.float32)
+
+
+def _adjust_brightness(pixels: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    return pixels * factor
+
+
+def _adjust_contrast(pixels: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    mean = pixels.mean(axis=(1, 2), keepdims=True)
+    return (pixels - mean) * factor + mean
+
+
+def _adjust_saturation(pixels: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """HSV saturation times `factor`, at most 1; hue and value stay."""
+    value = pixels.max(axis=-1, keepdims=True)
+    low = pixels.min(axis=-1, keepdims=True)
+    # A channel's distance from the value scales with saturation, which cannot pass 1: there low reaches 0.
+    limit = np.divide(value, value - low, out=np.ones_like(value), where=value > low)
+    return value - (value - pixels) * np.minimum(factor, limit)
+
+
+def _adjust_hue(pixels: np.ndarray, turn: np.ndarray) -> np.ndarray:
+    """HSV hue plus `turn` of the circle; saturation and value stay."""
+    red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
+    value, chroma = pixels.max(axis=-1), np.ptp(pixels, axis=-1)
+    safe = np.where(chroma > 0, chroma, 1)
+    sixth = np.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+    sixth = np.where(value == red, (green - blue) / safe, sixth) + 6 * turn[..., 0]
+    distance = (sixth[..., None] + np.array([5, 3, 1], np.float32)) % 6
+    return value[..., None] - chroma[..., None] * np.clip(np.minimum(distance, 4 - distance), 0, 1)
+
+
+_ADJUSTMENTS: tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], ...] = (
+    _adjust_brightness,
+    _adjust_contrast,
+    _adjust_saturation,
+    _adjust_hue,
+)
