@@ -14,8 +14,8 @@ KS = (1, 5, 10)
 CHUNK_ELEMENTS = 1 << 22
 """Scores held at once; a block has at least one row, so never more than max(this, number of candidates)."""
 TIE_TOLERANCE = 1e-6
-"""Cosines closer than this count as equal: a tower's float32 features of one picture differ by up to about this much
-with the place the picture has in its batch, and nothing should hang on that."""
+"""Cosines closer than this count as equal: a tower's float32 features of one picture can differ in their last digits
+with the batch it is in, and no figure should hang on that."""
 
 
 @dataclass(frozen=True)
