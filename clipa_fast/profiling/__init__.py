@@ -4,8 +4,21 @@
 a static estimate: nothing runs.
 """
 
+from clipa_fast.profiling.communication import Collective
 from clipa_fast.profiling.compile import compile_for_tpu, tpu_mesh
 from clipa_fast.profiling.libtpu import is_available, prepare
 from clipa_fast.profiling.profile import Op, Profile
+from clipa_fast.profiling.self_check import Check, format_checks, self_check
 
-__all__ = ["Op", "Profile", "compile_for_tpu", "is_available", "prepare", "tpu_mesh"]
+__all__ = [
+    "Check",
+    "Collective",
+    "Op",
+    "Profile",
+    "compile_for_tpu",
+    "format_checks",
+    "is_available",
+    "prepare",
+    "self_check",
+    "tpu_mesh",
+]

@@ -119,7 +119,7 @@ def _parse_bundles(text: str) -> list[_Bundle]:
 
 def _make_run(bundles: list[_Bundle], memory_of_pointer: dict[str, str]) -> Run:
     run = Run(bundles=len(bundles))
-    matmuls: collections.Counter[str] = collections.Counter()
+    matmuls: dict[str, float] = collections.defaultdict(float)
     for bundle in bundles:
         for instruction in bundle.instructions:
             if found := _MATMUL.search(instruction):

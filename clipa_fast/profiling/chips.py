@@ -20,7 +20,7 @@ class Chip:
     """One kind of TPU, as jax sees a device of it."""
 
     name: str
-    generation: str  # name in a topology, as in "v5e:2x2"
+    device_kind: str  # as jax names it
     cores: int  # TensorCores behind one device; each runs the program that the dump shows
     clock_hz: float  # inferred, see the module text
     mxus: int  # per core
@@ -42,10 +42,10 @@ class Chip:
 
 MIB = 2**20
 CHIPS = {
-    "v5e": Chip("v5e", "v5e", 1, 1.50e9, 4, 128, 16, 4, 819e9, 16e9, 128 * MIB, (2, 2)),
-    "v5p": Chip("v5p", "v5p", 2, 1.75e9, 4, 128, 16, 4, 2765e9, 95e9, 64 * MIB, (2, 2, 1)),
-    "v6e": Chip("v6e", "v6e", 1, 1.75e9, 2, 256, 8, 4, 1640e9, 32e9, 128 * MIB, (2, 2)),
-    "tpu7x": Chip("tpu7x", "tpu7x", 1, 2.20e9, 2, 256, 8, 6, 3690e9, 96e9, 64 * MIB, (2, 2, 1), devices_per_chip=2),
+    "v5e": Chip("v5e", "TPU v5 lite", 1, 1.50e9, 4, 128, 16, 4, 819e9, 16e9, 128 * MIB, (2, 2)),
+    "v5p": Chip("v5p", "TPU v5", 2, 1.75e9, 4, 128, 16, 4, 2765e9, 95e9, 64 * MIB, (2, 2, 1)),
+    "v6e": Chip("v6e", "TPU v6 lite", 1, 1.75e9, 2, 256, 8, 4, 1640e9, 32e9, 128 * MIB, (2, 2)),
+    "tpu7x": Chip("tpu7x", "TPU7x", 1, 2.20e9, 2, 256, 8, 6, 3690e9, 96e9, 64 * MIB, (2, 2, 1), devices_per_chip=2),
 }
 
 # Slices that exist, smallest first: the first that holds the devices asked for is used.
@@ -67,4 +67,4 @@ def topology_name(chip: Chip, devices: int) -> str:
     if isinstance(devices, bool) or not isinstance(devices, int) or not 1 <= devices <= largest:
         raise UserError(f"devices: got {devices!r}, accepted for {chip.name} is a whole number from 1 to {largest}")
     shape = next(s for s in slices if math.prod(s) * chip.devices_per_chip >= devices)
-    return f"{chip.generation}:{'x'.join(map(str, shape))}"
+    return f"{chip.name}:{'x'.join(map(str, shape))}"

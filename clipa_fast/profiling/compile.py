@@ -7,12 +7,13 @@ import functools
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clipa_fast.errors import UserError
@@ -74,8 +75,9 @@ def compile_for_tpu(
     kind = find_chip(chip)
     if mesh is None:
         mesh = tpu_mesh(chip, {"data": devices})
-    elif mesh.devices.flat[0].platform != "tpu":
-        raise UserError(f"mesh: got one of {mesh.devices.flat[0].platform} devices, accepted are those of tpu_mesh()")
+    elif mesh.devices.flat[0].device_kind != kind.device_kind:
+        made_of = mesh.devices.flat[0].device_kind
+        raise UserError(f"mesh: got devices of kind {made_of!r}, accepted for chip {chip!r} is a mesh of tpu_mesh()")
     in_specs = PartitionSpec() if in_specs is None else in_specs
     specs = (
         in_specs if isinstance(in_specs, tuple) and not isinstance(in_specs, PartitionSpec) else (in_specs,) * len(args)
@@ -103,20 +105,16 @@ def compile_for_tpu(
         finally:
             for file in folder.iterdir():
                 file.unlink(missing_ok=True)
-    ops, notes = estimate_ops(parse_module(compiled.as_text()), dumps, kind)
-    memory = compiled.memory_analysis()
-    peak = getattr(memory, "peak_memory_in_bytes", 0) or (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
+    ops, collectives, notes = estimate_ops(parse_module(compiled.as_text() or ""), dumps, kind)
+    memory: Any = compiled.memory_analysis()
+    peak = memory.peak_memory_in_bytes
     if peak > kind.hbm_bytes:
         notes.append(f"peak memory {peak / 1e9:.1f} GB is more than the chip's {kind.hbm_bytes / 1e9:.0f} GB")
     return Profile(
         chip=chip,
         devices=mesh.size,
         ops=tuple(ops),
+        collectives=tuple(collectives),
         hbm_bytes_per_second=kind.hbm_bytes_per_second,
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
@@ -152,11 +150,13 @@ def _read_dumps(folder: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _without_compilation_cache() -> Iterator[None]:
+def _without_compilation_cache() -> Generator[None]:
     """A program that comes from the cache on disk leaves no dump."""
-    before = jax.config.jax_enable_compilation_cache
+    before = jax.config.jax_enable_compilation_cache  # ty: ignore[missing-attribute]  # jax adds it as it starts
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # jax asks the setting once, and remembers
     try:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()

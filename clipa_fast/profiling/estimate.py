@@ -8,24 +8,17 @@ from collections.abc import Mapping
 
 from clipa_fast.profiling.bundles import parse_runs
 from clipa_fast.profiling.chips import Chip
+from clipa_fast.profiling.communication import Collective, find_collectives, is_collective
 from clipa_fast.profiling.execution import Execution, execute
 from clipa_fast.profiling.hlo import FREE, Instruction, Module, hbm_bytes, trip_counts
 from clipa_fast.profiling.profile import Op
 
-_COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
 _MOVEMENT = {"parameter", "bitcast", "copy", "transpose", "reshape", "tuple", "get-tuple-element"}
 _SCALAR_BYTES = 4096  # an operation without a dump that moves no more is scalar bookkeeping
 _MATMULS = {"convolution", "dot"}
 
 
-def estimate_ops(module: Module, dumps: Mapping[str, str], chip: Chip) -> tuple[list[Op], list[str]]:
+def estimate_ops(module: Module, dumps: Mapping[str, str], chip: Chip) -> tuple[list[Op], list[Collective], list[str]]:
     """Estimates every operation of a module.
 
     Args:
@@ -34,7 +27,7 @@ def estimate_ops(module: Module, dumps: Mapping[str, str], chip: Chip) -> tuple[
       chip: the chip it was compiled for.
 
     Returns:
-      The operations, and notes about what could not be seen.
+      The operations, the collectives among and inside them, and notes about what could not be seen.
     """
     executions = {name: _execute(text, chip) for name, text in dumps.items()}
     twins = _twins(module, executions)
@@ -50,7 +43,7 @@ def estimate_ops(module: Module, dumps: Mapping[str, str], chip: Chip) -> tuple[
                 execution, basis = twins.get(_signature(module, computation, instruction)), "twin"
             beside = computation in asynchronous
             op = _estimate(module, computation, instruction, execution, basis, count, beside, chip)
-            if op.basis != "bytes" or op.hbm_bytes > _SCALAR_BYTES * count or op.collective_bytes:
+            if op.basis != "bytes" or op.hbm_bytes > _SCALAR_BYTES * count:
                 ops.append(op)
     guessed = sum(op.time_us for op in ops if op.basis in ("xla", "bytes"))
     if guessed > 0.02 * sum(op.time_us for op in ops):
@@ -62,7 +55,7 @@ def estimate_ops(module: Module, dumps: Mapping[str, str], chip: Chip) -> tuple[
         notes.append(
             f"branches on data counted as not skipped in {', '.join(unknown[:5])}" + ", ..." * (len(unknown) > 5)
         )
-    return ops, notes
+    return ops, find_collectives(module, counts), notes
 
 
 def _execute(text: str, chip: Chip) -> Execution:
@@ -87,11 +80,6 @@ def _estimate(
 ) -> Op:
     kind = "async" if asynchronous else op_kind(module, instruction)
     moved = hbm_bytes(module, computation, instruction)
-    collective_bytes = 0
-    if kind == "collective":
-        siblings = module.computations[computation]
-        given = sum(s.padded_bytes for name in instruction.operands if name in siblings for s in siblings[name].shapes)
-        collective_bytes = max(given, max((s.padded_bytes for s in instruction.shapes), default=0))
     bundle_us = mxu_us = cycle_us = 0.0
     trips = spills = 0
     if execution is not None:
@@ -125,7 +113,6 @@ def _estimate(
         trips=trips,
         spills=spills * count,
         vmem_bytes=_vmem_bytes(instruction),
-        collective_bytes=collective_bytes * count,
         source=instruction.op_name,
         basis=basis,
     )
@@ -134,8 +121,11 @@ def _estimate(
 def op_kind(module: Module, instruction: Instruction) -> str:
     """The ``Op.kind`` of an instruction."""
     inside = {instruction.opcode} if instruction.opcode != "fusion" else _opcodes(module, instruction.called("calls"))
-    if any(opcode.startswith(_COLLECTIVES) for opcode in inside):
+    communicates = any(is_collective(opcode) for opcode in inside)
+    # XLA hides collectives in fusions that compute; one of kind custom only starts or ends a collective.
+    if communicates and (instruction.opcode != "fusion" or "kind=kCustom" in instruction.attributes):
         return "collective"
+    inside = {opcode for opcode in inside if not is_collective(opcode)}
     if instruction.opcode.endswith("-start"):
         return "async"
     if instruction.opcode == "custom-call":
@@ -168,9 +158,27 @@ def _twins(module: Module, executions: Mapping[str, Execution]) -> dict[tuple, E
 def _signature(module: Module, computation: str, instruction: Instruction) -> tuple:
     siblings = module.computations[computation]
     operands = tuple(shape.text for name in instruction.operands if name in siblings for shape in siblings[name].shapes)
-    inside = tuple(sorted(_opcodes(module, instruction.called("calls"))))
     results = tuple(shape.text for shape in instruction.shapes)
-    return instruction.opcode, results, operands, instruction.estimated_cycles, inside
+    kernel = re.search(r'"body":"([^"]*)"', instruction.attributes)  # of a Pallas call
+    return (
+        instruction.opcode,
+        results,
+        operands,
+        instruction.estimated_cycles,
+        _contents(module, instruction.called("calls")),
+        kernel and hash(kernel.group(1)),
+    )
+
+
+def _contents(module: Module, computation: str | None) -> tuple:
+    body = module.computations.get(computation or "", {}).values()
+    return tuple(
+        sorted(
+            (i.opcode, tuple(shape.text for shape in i.shapes), _contents(module, i.called("calls")))
+            for i in body
+            if i.opcode != "parameter"
+        )
+    )
 
 
 def _vmem_bytes(instruction: Instruction) -> int:

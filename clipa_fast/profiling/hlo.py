@@ -134,7 +134,9 @@ def trip_counts(module: Module) -> tuple[dict[str, int], set[str], list[str]]:
     asynchronous: set[str] = set()
     notes: list[str] = []
 
-    def visit(name: str, times: int) -> None:
+    def visit(name: str | None, times: int) -> None:
+        if name not in module.computations:
+            return
         counts[name] = counts.get(name, 0) + times
         for instruction in module.computations[name].values():
             if instruction.opcode == "while":
@@ -146,17 +148,16 @@ def trip_counts(module: Module) -> tuple[dict[str, int], set[str], list[str]]:
                 visit(instruction.called("to_apply"), times)
             elif instruction.opcode == "async-start":
                 called = instruction.called("calls")
-                if called in module.computations:
+                if called:
                     asynchronous.add(called)
-                    visit(called, times)
+                visit(called, times)
             elif instruction.opcode == "conditional":
                 notes.append(f"{instruction.name}: every branch counted as taken")
                 branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
                 for branch in _IDENTIFIER.findall(branches.group(1)) if branches else ():
                     visit(branch, times)
                 for key in ("true_computation", "false_computation"):
-                    if branch := instruction.called(key):
-                        visit(branch, times)
+                    visit(instruction.called(key), times)
 
     visit(module.entry, 1)
     return counts, asynchronous, notes

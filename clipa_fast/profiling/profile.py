@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 
+from clipa_fast.profiling.communication import Collective
+
 STATIC_ESTIMATE = "static estimate: compiled with libtpu, nothing ran on a TPU"
+_LISTS = ("ops", "collectives", "notes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +19,7 @@ class Op:
       name: name in the compiled HLO.
       kind: ``"pallas"``, ``"matmul"``, ``"copy"`` (copies, transposes and other changes of layout), ``"fusion"`` (all
         other computation), ``"async"`` (transfers that run beside computation: their bytes count, not their time) or
-        ``"collective"`` (no time: links are not modeled; the bytes are what one device contributes or receives).
+        ``"collective"`` (no time: links are not modeled).
       time_us: the largest of ``bundle_us``, ``mxu_us`` (the larger is taken for each straight run of bundles) and HBM
         bytes over bandwidth.
       bundle_us: instruction bundles passed over the clock.
@@ -26,7 +29,6 @@ class Op:
       trips: how often its innermost loop runs in one execution; 0 where there is no bundle dump.
       spills: vector registers stored to and loaded from the stack.
       vmem_bytes: VMEM the operation reserves for itself.
-      collective_bytes: bytes that a collective moves, else 0.
       source: where in the traced function it comes from.
       basis: what the time rests on: ``"bundles"``, ``"twin"`` (the bundles of an identical operation), ``"xla"`` (XLA's
         cycle count) or ``"bytes"``.
@@ -42,7 +44,6 @@ class Op:
     trips: int
     spills: int
     vmem_bytes: int
-    collective_bytes: int
     source: str
     basis: str
 
@@ -54,6 +55,7 @@ class Profile:
     chip: str
     devices: int
     ops: tuple[Op, ...]
+    collectives: tuple[Collective, ...]
     hbm_bytes_per_second: float
     argument_bytes: int
     output_bytes: int
@@ -93,11 +95,6 @@ class Profile:
         """Copies, transposes and other changes of layout that take time."""
         return self.select("copy")
 
-    @property
-    def collectives(self) -> tuple[Op, ...]:
-        """Communication between devices."""
-        return self.select("collective")
-
     def select(self, *kinds: str) -> tuple[Op, ...]:
         """Operations of these kinds, in program order."""
         return tuple(op for op in self.ops if op.kind in kinds)
@@ -109,12 +106,13 @@ class Profile:
     def to_dict(self) -> dict:
         """Everything as plain data."""
         totals = ("time_us", "mxu_us", "hbm_bytes", "spills", "vmem_bytes")
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("ops", "notes")}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _LISTS}
         return {
             "basis": STATIC_ESTIMATE,
             **fields,
             **{name: getattr(self, name) for name in totals},
             "notes": list(self.notes),
+            "collectives": [dataclasses.asdict(collective) for collective in self.collectives],
             "ops": [dataclasses.asdict(op) for op in self.ops],
         }
 
@@ -144,7 +142,7 @@ class Profile:
             f"= {self.hbm_bytes / self.hbm_bytes_per_second * 1e6:.1f} us; {self.spills} spills",
             f"{len(copies)} copies or transposes, {sum(op.time_us for op in copies):.1f} us, "
             f"{sum(op.hbm_bytes for op in copies) / 1e6:.1f} MB; {len(self.collectives)} collectives, "
-            f"{sum(op.collective_bytes for op in self.collectives) / 1e6:.1f} MB (no time)",
+            f"{sum(c.num_bytes for c in self.collectives) / 1e6:.1f} MB (no time)",
             f"memory: temporaries {self.temp_bytes / 1e6:.1f} MB, peak {self.peak_bytes / 1e6:.1f} MB of "
             f"{self.hbm_capacity_bytes / 1e6:.0f} MB; VMEM of one op at most {self.vmem_bytes / 2**20:.1f} MiB; "
             f"compiled in {self.compile_seconds:.1f} s",

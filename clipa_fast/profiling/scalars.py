@@ -85,18 +85,20 @@ def evaluate(scalar: Scalar, values: dict[str, Value]) -> Value:
 def _apply(op: str, arguments: list[Value]) -> Value:
     if op in _LOGIC:
         return _LOGIC[op](arguments)
-    base = op.partition(".")[0] if not op.startswith("scmp") else op
-    rule = _COMPARE.get(op[5:7]) if op.startswith("scmp") else _ARITHMETIC.get(base)
-    if rule is None or any(argument is None for argument in arguments):
+    rule = _COMPARE.get(op[5:7]) if op.startswith("scmp") else _ARITHMETIC.get(op.partition(".")[0])
+    numbers = [int(argument) for argument in arguments if argument is not None]
+    if rule is None or len(numbers) < len(arguments):
         return None
-    if ".u32" in op:
-        arguments = [int(argument) & 0xFFFFFFFF for argument in arguments]
-        return _wrap(rule(*arguments))
-    return _wrap(rule(*(_signed(int(argument)) for argument in arguments)))
+    read = _unsigned if ".u32" in op else _signed
+    return _wrap(rule(*map(read, numbers)))
 
 
 def _wrap(value: Value) -> Value:
-    return value if isinstance(value, bool) or value is None else int(value) & 0xFFFFFFFF
+    return value if isinstance(value, bool) or value is None else _unsigned(value)
+
+
+def _unsigned(value: int) -> int:
+    return value & 0xFFFFFFFF
 
 
 def _signed(value: int) -> int:
@@ -134,7 +136,7 @@ _LOGIC: dict[str, Callable[[list[Value]], Value]] = {
     "pmov": lambda values: values[0],
     "scalar_select": _select,
 }
-_COMPARE = {
+_COMPARE: dict[str, Callable[..., Value]] = {
     "eq": lambda a, b: a == b,
     "ne": lambda a, b: a != b,
     "lt": lambda a, b: a < b,
@@ -142,7 +144,7 @@ _COMPARE = {
     "gt": lambda a, b: a > b,
     "ge": lambda a, b: a >= b,
 }
-_ARITHMETIC = {
+_ARITHMETIC: dict[str, Callable[..., Value]] = {
     "smov": lambda a: a,
     "sadd": lambda a, b: a + b,
     "ssub": lambda a, b: a - b,
