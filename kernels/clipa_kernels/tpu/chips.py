@@ -1,0 +1,44 @@
+"""What the kernels need to know of a TPU chip, and which chip a program is being traced for."""
+
+import dataclasses
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A kind of TPU: the width of its matrix unit, and the VMEM in bytes that one kernel may fill."""
+
+    name: str
+    mxu: int
+    vmem_bytes: int
+
+
+_MIB = 1 << 20
+CHIPS = {
+    "v4": Chip("v4", 128, 14 * _MIB),
+    "v5e": Chip("v5e", 128, 100 * _MIB),
+    "v5p": Chip("v5p", 128, 52 * _MIB),
+    "v6e": Chip("v6e", 256, 100 * _MIB),
+    "tpu7x": Chip("tpu7x", 256, 52 * _MIB),
+}
+_DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+
+
+def current_chip() -> Chip:
+    """The chip of the mesh that is being traced for, else of the default device; v5e where neither is a known TPU.
+
+    (On another backend the kernels only run interpreted, where the chip decides about block sizes and no more.)
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
+    return CHIPS[_DEVICE_KINDS.get(kind, "v5e")]

@@ -1,0 +1,99 @@
+"""The arithmetic of one tile of attention, as pure functions of arrays in registers.
+
+Logits stand transposed, keys along rows (sublanes) and queries along columns (lanes): sums over keys are then plain
+adds of registers, and only one product of the backward has to be transposed. Heads that are computed together lie
+side by side, each with its queries in `LANES` columns of its own.
+
+A head is not cut out of its lane window. Zeros in the lanes of the other heads, on one side of each product, have the
+same effect and cost one AND per register; the products of several heads then add up in the lanes where they belong.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from clipa_kernels.tpu.compat import pltpu
+from clipa_kernels.tpu.tiling import LANES, Columns
+
+Heads = tuple[tuple[int, int], ...]
+
+MASKED = -1e30
+"""Added to the logits of keys that a query must not see."""
+LOWEST = -1e25
+"""No row maximum is taken below this, so that masked logits vanish even where a query sees no key at all."""
+TINY = 1e-30
+"""Keeps the sum of a query without keys from dividing by zero."""
+
+
+def matmul(a: jax.Array, b: jax.Array, *, transpose_a: bool = False, transpose_b: bool = False) -> jax.Array:
+    """a @ b in float32; float32 operands are multiplied in full precision."""
+    dims = (((0 if transpose_a else 1,), (1 if transpose_b else 0,)), ((), ()))
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def only_lanes(x: jax.Array, start: int, stop: int) -> jax.Array:
+    """`x` with zeros outside lanes start:stop (an AND on whole registers: some TPUs cannot select in bfloat16)."""
+    if start == 0 and stop == x.shape[1]:
+        return x
+    lane = lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
+    keep = jnp.where((lane >= start) & (lane < stop), jnp.uint32(0xFFFFFFFF), jnp.uint32(0))
+    return pltpu.bitcast(pltpu.bitcast(x, jnp.uint32) & keep, x.dtype)
+
+
+def heads_stacked(x: jax.Array, heads: Heads) -> jax.Array:
+    """[rows, lanes] -> [heads * rows, lanes]: for each head, `x` in the head's lanes only."""
+    return jnp.concatenate([only_lanes(x, *head) for head in heads], axis=0)
+
+
+def queries_stacked(x: jax.Array, heads: Heads, columns: Columns) -> jax.Array:
+    """[tile rows, lanes] -> [columns, lanes]: the rows that stand behind each column of the logits, else zeros."""
+    parts = []
+
+    def add(rows: jax.Array, size: int) -> None:
+        parts.append(rows)
+        if size > rows.shape[0]:
+            parts.append(jnp.zeros((size - rows.shape[0], x.shape[1]), x.dtype))
+
+    for head in heads:
+        add(only_lanes(x[: columns.own_rows], *head), columns.own)
+    for head in heads if columns.shared else ():
+        add(only_lanes(x[columns.own_rows :], *head), columns.shared)
+    return jnp.concatenate(parts, axis=0)
+
+
+def bias_columns(bias: jax.Array, heads: Heads, columns: Columns) -> jax.Array:
+    """The mask [keys, own + LANES] of one head, repeated for the columns of all."""
+    shared = [bias[:, columns.own : columns.own + LANES]] if columns.shared else []
+    return jnp.concatenate([bias[:, : columns.own]] * len(heads) + shared, axis=1)
+
+
+def sum_over_keys(weights: jax.Array, x: jax.Array, heads: Heads, columns: Columns) -> jax.Array:
+    """[keys, columns], [keys, lanes] -> [tile rows, lanes]: for each query, the sum of rows of `x`, head by head."""
+    own = [weights[:, h * columns.own : h * columns.own + columns.own_rows] for h in range(len(heads))]
+    total = matmul(jnp.concatenate(own, axis=0), heads_stacked(x, heads), transpose_a=True)
+    if not columns.shared:
+        return total
+    both = matmul(weights[:, len(heads) * columns.own :], x, transpose_a=True)
+    lane = lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
+    rest = jnp.zeros((columns.shared_rows, x.shape[1]), jnp.float32)
+    for h, (start, stop) in enumerate(heads):
+        part = both[h * columns.shared : h * columns.shared + columns.shared_rows]
+        rest = jnp.where((lane >= start) & (lane < stop), part, rest)
+    return jnp.concatenate([total, rest], axis=0)
+
+
+def probabilities(logits: jax.Array, bias: jax.Array, scale: float) -> jax.Array:
+    """Softmax over rows of scale * logits + bias, where bias is 0 or MASKED; zeros for columns without keys."""
+    logits = logits + bias
+    top = jnp.maximum(jnp.max(logits, axis=0, keepdims=True), LOWEST)
+    weights = jnp.exp2((logits - top) * (scale / math.log(2)))
+    return weights * (1 / jnp.maximum(jnp.sum(weights, axis=0, keepdims=True), TINY))
+
+
+def logits_gradient(probs: jax.Array, probs_gradient: jax.Array) -> jax.Array:
+    """Gradient of the scaled logits from that of the probabilities, along rows."""
+    product = probs * probs_gradient
+    return product - probs * jnp.sum(product, axis=0, keepdims=True)

@@ -1,0 +1,131 @@
+"""How attention over short sequences is cut into tiles: plain arithmetic, no arrays.
+
+The operands are [B*S, N*H]: a row is a token, the heads lie side by side. A *block* is what one grid step holds in
+VMEM: a whole number of sequences, and all lanes or a whole number of heads. A *tile* is a window of `tile_rows`
+consecutive rows in a block that starts at a multiple of 8 and covers `sequences` whole sequences. Their first row is
+seldom the first row of the window: the rows before and after belong to other sequences and are masked. So nothing is
+ever shifted, whatever the length. A *head group* is one head, or several which are computed side by side, with the
+window of whole 128-lane tiles they lie in.
+"""
+
+import dataclasses
+import math
+
+LANES = 128
+SUBLANES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadGroup:
+    """Heads computed together: `start:stop` is their lane window, `heads` their lanes within that window."""
+
+    start: int
+    stop: int
+    heads: tuple[tuple[int, int], ...]
+
+    @property
+    def lane_tiles(self) -> range:
+        """The 128-lane tiles of the block that the window covers."""
+        return range(self.start // LANES, -(-self.stop // LANES))
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Which query of a tile stands in which column (lane) of the logits of a head group.
+
+    Every head has `own` columns, a multiple of 128, for the tile's first `own_rows` queries. Where few queries are
+    left (two heads, at most 64 rows over a multiple of 128) those of both heads share the 128 columns that follow,
+    `shared` columns for each head: so two heads of 257 tokens need five times 128 columns instead of six.
+    """
+
+    own: int
+    own_rows: int
+    shared: int
+    shared_rows: int
+    total: int
+
+
+def columns_of(rows: int, heads: int) -> Columns:
+    """The columns of a group of `heads` heads in a tile of `rows` rows."""
+    rest = rows % LANES
+    if rows > LANES and heads == 2 and 0 < rest <= LANES // 2:
+        return Columns(rows - rest, rows - rest, LANES // 2, rest, 2 * (rows - rest) + LANES)
+    own = round_up(rows, LANES)
+    return Columns(own, rows, 0, 0, heads * own)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Sizes of one kernel call; see the module's text for the words."""
+
+    length: int
+    sequences: int
+    tile_rows: int
+    block_sequences: int
+    block_lanes: int
+    groups: tuple[HeadGroup, ...]
+    unroll: int = 1
+    lags: tuple[int, int] = (1, 4)
+
+    @property
+    def block_rows(self) -> int:
+        return self.block_sequences * self.length
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.block_sequences // self.sequences)
+
+    def columns(self, group: HeadGroup) -> Columns:
+        return columns_of(self.tile_rows, len(group.heads))
+
+    @property
+    def offsets(self) -> int:
+        """Number of places in a tile where its first sequence can start (0, 1, ...)."""
+        return self.tile_rows - self.sequences * self.length + 1
+
+
+def round_up(x: int, multiple: int) -> int:
+    """`x` rounded up to a multiple."""
+    return -(-x // multiple) * multiple
+
+
+def batch_multiple(length: int) -> int:
+    """The number of sequences whose rows together are a multiple of 8 rows."""
+    return SUBLANES // math.gcd(length, SUBLANES)
+
+
+def tile_of(length: int, at_most: int) -> tuple[int, int]:
+    """(sequences, rows) of a tile: as many whole sequences as 128 rows always hold, but `at_most`, and at least one."""
+
+    def rows(n: int) -> int:
+        first_row_at_most = SUBLANES - math.gcd(n * length, SUBLANES)
+        return round_up(n * length + first_row_at_most, 2 * SUBLANES)
+
+    sequences = max((n for n in range(1, min(at_most, LANES // length) + 1) if rows(n) <= LANES), default=1)
+    return sequences, rows(sequences)
+
+
+def head_groups(num_heads: int, head_dim: int, together: int, mxu: int) -> tuple[HeadGroup, ...]:
+    """Groups of at most `together` neighbouring heads whose lane window is no wider than the MXU, or a head's own."""
+    groups = []
+    head = 0
+    while head < num_heads:
+        start = head * head_dim // LANES * LANES
+        last = head + 1
+        while last < min(head + together, num_heads) and round_up((last + 1) * head_dim, LANES) - start <= mxu:
+            last += 1
+        stop = min(round_up(last * head_dim, LANES), num_heads * head_dim)
+        heads = tuple((h * head_dim - start, (h + 1) * head_dim - start) for h in range(head, last))
+        groups.append(HeadGroup(start, stop, heads))
+        head = last
+    return tuple(groups)
+
+
+def lane_block(num_heads: int, head_dim: int, heads_wanted: int) -> int:
+    """Lanes per block: the narrowest that cuts between heads at a multiple of 128 and holds `heads_wanted` heads."""
+    width = num_heads * head_dim
+    step = math.lcm(head_dim, LANES)
+    for lanes in range(step, width, step):
+        if width % lanes == 0 and lanes >= heads_wanted * head_dim:
+            return lanes
+    return width
