@@ -49,7 +49,7 @@ _EM = 52
 _BASELINE = 50
 # Drawn this many times larger and averaged down, so that hinting to whole pixels does not bend the outlines.
 _OVERSAMPLING = 4
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class GlyphSource:
       styles: int16 [N], index into `style_names`.
       style_names: the thirteen styles.
       codepoints: int32 [N].
-      groups: int32 [N], equal for pictures of one style that are identical to the pixel (Latin A, Greek Alpha and
-        Cyrillic A), and for no others.
+      groups: int32 [N], equal for pictures of one style that are identical to the pixel (in DejaVu Sans: Latin A,
+        Greek Alpha, Cyrillic A), and for no others.
       num_untrained_names: glyphs left out of this split because no training style has the name.
 
     Raises:
@@ -264,14 +264,15 @@ class _Pen:
     def draw(self, codepoint: int) -> np.ndarray | None:
         """uint8 [64, 64], black on white; None where nothing is printed."""
         text, font, side = chr(codepoint), self._font, self._side
-        left, top, right, bottom = font.getbbox(text, anchor="ls")
-        if right <= left or bottom <= top:
+        ink = _ink_box(font, text)
+        if ink is None:
             return None
-        excess = max(right - left, bottom - top) / side
+        excess = max(ink[2] - ink[0], ink[3] - ink[1]) / side
         if excess > 1:
             # Rounding of the smaller outline can add a pixel at each end.
             font = self._sized(_EM * _OVERSAMPLING * (side - 2) / side / excess)
-            left, top, right, bottom = font.getbbox(text, anchor="ls")
+            ink = _ink_box(font, text) or ink
+        left, top, right, bottom = ink
         advance = font.getlength(text)
         center = advance / 2 if advance > 0 else (left + right) / 2
         x = _inside(round(side / 2 - center), left, right, side)
@@ -282,6 +283,16 @@ class _Pen:
         return image if image.min() < 255 else None
 
 
-def _inside(origin: int, low: float, high: float, side: int) -> int:
+def _ink_box(font: ImageFont.FreeTypeFont, text: str) -> tuple[int, int, int, int] | None:
+    """Left, top, right, bottom of the ink from the origin on the baseline; None without ink.
+
+    The font's own getbbox would take in the origin and the advance width.
+    """
+    mask, (x, y) = font.getmask2(text, "L", anchor="ls")
+    box = mask.getbbox()
+    return None if box is None else (box[0] + x, box[1] + y, box[2] + x, box[3] + y)
+
+
+def _inside(origin: int, low: int, high: int, side: int) -> int:
     """The origin, moved as little as needed for [origin + low, origin + high] to lie in [0, side]."""
-    return int(max(min(origin, side - high), -low))
+    return max(min(origin, side - high), -low)

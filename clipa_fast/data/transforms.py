@@ -31,7 +31,7 @@ def resize(
     picture: np.ndarray,
     size: int,
     *,
-    box: Sequence[float] | None = None,
+    box: Sequence[int] | None = None,
     filter: Filter = "bilinear",
     truncate: bool = False,
 ) -> np.ndarray:
@@ -40,7 +40,8 @@ def resize(
     Args:
       picture: uint8 [H, W] or [H, W, 3].
       size: side S of the result in pixels.
-      box: (left, top, right, bottom) of the part in pixels; None: the whole picture.
+      box: (left, top, right, bottom) of the part in pixels; None: the whole picture. What lies outside has no part
+        in the result, as if it had been cut off before.
       filter: "bilinear", as CLIPA, or "bicubic", as open_clip.
       truncate: cast to uint8 by truncation, as CLIPA's JAX code does, instead of rounding: half a level darker in the
         mean, and about twice the time for RGB.
@@ -50,19 +51,21 @@ def resize(
     """
     if filter not in _FILTERS:
         raise UserError(f"filter: got {filter!r}; accepted: {', '.join(_FILTERS)}")
-    corners = None if box is None else (box[0], box[1], box[2], box[3])
+    if box is not None:
+        left, top, right, bottom = box
+        picture = picture[top:bottom, left:right]
     if truncate:
         planes = picture.astype(np.float32).reshape(*picture.shape[:2], -1)
         out = [
-            np.asarray(Image.fromarray(planes[:, :, c]).resize((size, size), _FILTERS[filter], box=corners))
+            np.asarray(Image.fromarray(planes[:, :, c]).resize((size, size), _FILTERS[filter]))
             for c in range(planes.shape[2])
         ]
         # The 0.001 keeps whole numbers whole under float32 rounding.
         stacked = np.clip(np.stack(out, axis=2) + 1e-3, 0, 255).astype(np.uint8)
         return stacked.reshape(size, size, *picture.shape[2:])
-    if box is None and picture.shape[:2] == (size, size):
+    if picture.shape[:2] == (size, size):
         return picture
-    return np.asarray(Image.fromarray(picture).resize((size, size), _FILTERS[filter], box=corners))
+    return np.asarray(Image.fromarray(picture).resize((size, size), _FILTERS[filter]))
 
 
 def eval_resize(
@@ -80,7 +83,7 @@ def eval_resize(
         raise UserError(f"resize: got {how!r}; accepted: {', '.join(get_args(EvalResize))}")
     height, width = picture.shape[:2]
     side = min(height, width)
-    left, top = (width - side) / 2, (height - side) / 2
+    left, top = (width - side) // 2, (height - side) // 2
     box = None if how == "squash" else (left, top, left + side, top + side)
     return resize(picture, size, box=box, filter=filter, truncate=truncate)
 
