@@ -145,7 +145,9 @@ def _run(arguments: Train | Eval | Demo | Recipes) -> None:
         return print(config_to_yaml(find_recipe(arguments.name)), end="") if arguments.name else print_recipes()
     # What follows needs jax.
     from clipa_fast import commands
+    from clipa_fast.cpu_memory import keep_freed_memory
 
+    keep_freed_memory()
     if isinstance(arguments, Train):
         return _stoppable(lambda: commands.train_command(arguments.settings, arguments.run_dir))
     if isinstance(arguments, Demo):

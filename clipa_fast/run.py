@@ -13,7 +13,7 @@ from pathlib import Path
 from clipa_fast.config import RunConfig, config_to_yaml, load_config
 from clipa_fast.data.glyphs import GlyphSource
 from clipa_fast.data.shards import ShardSource
-from clipa_fast.data.source import Source
+from clipa_fast.data.source import Source, all_captions
 from clipa_fast.errors import UserError
 from clipa_fast.model.presets import PAPER_VOCAB_SIZE, towers
 from clipa_fast.text.tokenizer import WordPieceTokenizer
@@ -91,6 +91,5 @@ def open_run(folder: Path) -> Run:
 def _make_tokenizer(config: RunConfig, source: Source) -> WordPieceTokenizer:
     path = config.data.tokenizer
     if path is None:
-        captions = [caption for index in range(len(source)) for caption in source.captions(index)]
-        return WordPieceTokenizer.train(captions, config.data.trained_vocab_size)
+        return WordPieceTokenizer.train(all_captions(source)[0], config.data.trained_vocab_size)
     return WordPieceTokenizer.from_file(path) if path.endswith(".json") else WordPieceTokenizer.from_vocabulary(path)

@@ -181,8 +181,9 @@ def _run_stage(config, state, position, source, tokenizer, checkpoints, metrics,
     base_step, base_seconds, started = position.step - done, position.seconds, time.perf_counter()
     window_step, window_time = done, started
     in_flight: deque = deque()
+    batches = iter(loader)
     try:
-        for batch in loader:
+        for batch in batches:
             state, outcome = train_step(state, batch.image, batch.text)
             done += 1
             in_flight.append((done, outcome))
@@ -221,7 +222,10 @@ def _run_stage(config, state, position, source, tokenizer, checkpoints, metrics,
                 raise Interrupted(stop.signal, base_step + done)
     finally:
         progress.close()
-        loader.close()
+        batches.close()
+    if loader.replaced:
+        counts = ", ".join(f"{count} x {reason}" for reason, count in loader.replaced.items())
+        console.print(f"{stage.name}: unreadable pictures replaced by the next readable one: {counts}", highlight=False)
     return state, position
 
 
