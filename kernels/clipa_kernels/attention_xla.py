@@ -23,13 +23,14 @@ WHOLE_BYTES = 8 << 20
 
 def attention(problem: AttentionProblem, operands: AttentionOperands) -> tuple[jax.Array, jax.Array]:
     """Output in the operands' layout, and the log-sum-exp [B, T, N]."""
-    batched = operands._replace(
-        query=operands.query.reshape(problem.batch, problem.query_len, problem.num_heads, problem.head_dim),
-        key=operands.key.reshape(problem.batch, problem.key_len, problem.num_kv_heads, problem.head_dim),
-        value=operands.value.reshape(problem.batch, problem.key_len, problem.num_kv_heads, problem.head_dim),
-    )
-    output, lse = _attention(problem, batched)
-    return output.reshape(operands.query.shape), lse
+    if not problem.flat:
+        return _attention(problem, operands)
+    rows, width = operands.query.shape
+    sequences = (problem.batch, problem.query_len, width)
+    heads = (problem.batch, problem.query_len, problem.num_heads, problem.head_dim)
+    query, key, value = (_reshape(x, sequences, heads) for x in operands[:3])
+    output, lse = _attention(problem, operands._replace(query=query, key=key, value=value))
+    return _reshape(output, sequences, (rows, width)), lse
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -62,7 +63,7 @@ def _forward_batch(problem: AttentionProblem, operands: AttentionOperands) -> tu
     if _may_mask(problem):
         total = jnp.where(total == 0, 1, total)
     output = _matmul(weights.astype(problem.dtype), operands.value, 2, 1) / total
-    return _tokens_first(problem, output, problem.query_len), lse.reshape(-1, problem.num_heads, problem.query_len)
+    return _tokens_first(problem, output, problem.query_len), _ungrouped(problem, lse)
 
 
 def _backward_batch(problem: AttentionProblem, operands: AttentionOperands, lse: jax.Array, cotangent: jax.Array):
@@ -74,13 +75,13 @@ def _backward_batch(problem: AttentionProblem, operands: AttentionOperands, lse:
     if _may_mask(problem):
         lse = jnp.where(jnp.isneginf(lse), 0, lse)
     logits = _logits(problem, operands)
-    probabilities = jnp.exp(logits - lse.reshape(*logits.shape[:2], 1))
+    probabilities = jnp.exp(logits - _merged(problem, lse)[..., None])
     d_probabilities = _matmul(cotangent, value, 2, 2)
     delta = (probabilities * d_probabilities).sum(-1, keepdims=True)
     d_logits = probabilities * (d_probabilities - delta)
     d_bias = None
     if bias is not None:
-        by_head = d_logits.reshape(-1, problem.num_heads, problem.query_len, problem.key_len)
+        by_head = _ungrouped(problem, d_logits)
         summed = tuple(axis for axis in range(4) if bias.shape[axis] == 1)
         d_bias = by_head.sum(summed, keepdims=True).astype(bias.dtype)
     d_products = (d_logits * logit_scale).astype(problem.dtype)
@@ -101,8 +102,7 @@ def _logits(problem: AttentionProblem, operands: AttentionOperands) -> jax.Array
     logits = _matmul(operands.query, operands.key, 2, 2) * _scales(problem)[1]
     if not _may_mask(problem):
         return logits
-    shape = logits.shape
-    logits = logits.reshape(-1, problem.num_kv_heads, shape[1] // problem.query_len, problem.query_len, problem.key_len)
+    logits = _split(problem, logits, problem.query_len)
     if bias is not None:
         logits += _grouped(problem, bias).astype(logits.dtype)
     query_index, key_index = jnp.arange(problem.query_len)[:, None], jnp.arange(problem.key_len)
@@ -112,12 +112,12 @@ def _logits(problem: AttentionProblem, operands: AttentionOperands) -> jax.Array
     if problem.is_causal:
         keep.append(key_index <= query_index)
     if query_lengths is not None:
-        keep.append(query_index < query_lengths.reshape(-1, 1, 1, 1, 1))
+        keep.append(query_index < query_lengths[:, None, None, None, None])
     if key_lengths is not None:
-        keep.append(key_index < key_lengths.reshape(-1, 1, 1, 1, 1))
+        keep.append(key_index < key_lengths[:, None, None, None, None])
     for condition in keep:
         logits = jnp.where(condition, logits, -jnp.inf)
-    return logits.reshape(shape)
+    return _joined(logits)
 
 
 def _may_mask(problem: AttentionProblem) -> bool:
@@ -148,15 +148,44 @@ def _heads_first_operands(problem: AttentionProblem, operands: AttentionOperands
 
 def _heads_first(problem: AttentionProblem, x: jax.Array) -> jax.Array:
     """[B, T, K * G, H] -> [B * K, G * T, H]."""
-    batch, length, _, head_dim = x.shape
-    x = x.reshape(batch, length, problem.num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
-    return x.reshape(batch * problem.num_kv_heads, -1, head_dim)
+    return _merged(problem, x.swapaxes(1, 2))
 
 
 def _tokens_first(problem: AttentionProblem, x: jax.Array, length: int) -> jax.Array:
     """[B * K, G * length, H] -> [B, length, K * G, H] in the operands' dtype."""
-    x = x.reshape(-1, problem.num_kv_heads, x.shape[1] // length, length, problem.head_dim).transpose(0, 3, 1, 2, 4)
-    return x.reshape(x.shape[0], length, -1, problem.head_dim).astype(problem.dtype)
+    return _ungrouped(problem, x, length).swapaxes(1, 2).astype(problem.dtype)
+
+
+def _merged(problem: AttentionProblem, x: jax.Array) -> jax.Array:
+    """[B, K * G, T, ...] -> [B * K, G * T, ...]."""
+    batch, heads, *rest = x.shape
+    return _joined(x.reshape(batch, problem.num_kv_heads, heads // problem.num_kv_heads, *rest))
+
+
+def _ungrouped(problem: AttentionProblem, x: jax.Array, length: int | None = None) -> jax.Array:
+    """[B * K, G * length, ...] -> [B, K * G, length, ...]; the length is the query's unless given."""
+    x = _split(problem, x, length or problem.query_len)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _joined(x: jax.Array) -> jax.Array:
+    """[B, K, G, T, ...] -> [B * K, G * T, ...]."""
+    batch, kv_heads, groups, length, *rest = x.shape
+    return _reshape(x, (batch, kv_heads, groups * length, *rest), (batch * kv_heads, groups * length, *rest))
+
+
+def _split(problem: AttentionProblem, x: jax.Array, length: int) -> jax.Array:
+    """[B * K, G * length, ...] -> [B, K, G, length, ...]."""
+    merged, rows, *rest = x.shape
+    batch, kv_heads = merged // problem.num_kv_heads, problem.num_kv_heads
+    return _reshape(x, (batch, kv_heads, rows, *rest), (batch, kv_heads, rows // length, length, *rest))
+
+
+def _reshape(x: jax.Array, *shapes: tuple[int, ...]) -> jax.Array:
+    """One axis at a time, so that explicit shardings can follow."""
+    for shape in shapes:
+        x = x.reshape(shape)
+    return x
 
 
 def _matmul(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:

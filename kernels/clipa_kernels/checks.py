@@ -21,7 +21,7 @@ def shape_and_dtype(name: str, x: Any) -> tuple[tuple[int, ...], np.dtype]:
             x = np.asarray(x)
         except ValueError as error:
             raise ValueError(f"{name} must be an array; got {type(x).__name__}: {error}") from None
-    if not isinstance(x.dtype, np.dtype) or x.dtype == object:
+    if not isinstance(x.dtype, np.dtype) or x.dtype.kind in "OSU":
         raise ValueError(f"{name} must be an array of numbers; got dtype {x.dtype} of shape {list(x.shape)}")
     return tuple(x.shape), np.dtype(jax.dtypes.canonicalize_dtype(x.dtype))
 

@@ -1,0 +1,171 @@
+"""The contrastive losses across eight devices: value and gradients are those of the dense loss on one."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from clipa_kernels import contrastive_loss, reference, sigmoid_loss
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+LOSSES = {"contrastive": contrastive_loss, "sigmoid": sigmoid_loss}
+DEVICES, ROWS, FEATURES = 8, 3, 12
+
+needs_devices = pytest.mark.skipif(
+    jax.device_count() < DEVICES,
+    reason="needs 8 devices: start with XLA_FLAGS=--xla_force_host_platform_device_count=8 NPROC=32",
+)
+
+
+def problem(kind, dtype=jnp.float32):
+    """Operands of the global batch, exact value and gradients of loss**2 / 2, which is not linear in the loss."""
+    rng = np.random.default_rng(5)
+    image, text = rng.standard_normal((2, DEVICES * ROWS, FEATURES))
+    image, text = (jnp.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), dtype) for x in (image, text))
+    operands = (image, text, jnp.float32(5.0), *([jnp.float32(-1.0)] if kind == "sigmoid" else []))
+    value = getattr(reference, f"{kind}_loss")(*operands)
+    gradients = getattr(reference, f"{kind}_loss_grad")(*operands)
+    return operands, value, [value * np.asarray(gradient) for gradient in gradients.values()]
+
+
+def mesh_of(axis_name):
+    shape = (DEVICES,) if isinstance(axis_name, str) else (2, 4)
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def specs(kind, axis_name):
+    return (P(axis_name), P(axis_name), P(), *([P()] if kind == "sigmoid" else []))
+
+
+def check(value, gradients, exact, exact_gradients, rtol=3e-5):
+    # float32 sums of 24 terms, relative to the largest entry.
+    np.testing.assert_allclose(value, exact, rtol=rtol)
+    for gradient, expected in zip(gradients, exact_gradients, strict=True):
+        np.testing.assert_allclose(gradient, expected, atol=rtol * np.abs(expected).max())
+
+
+@needs_devices
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("exchange", ["all_gather", "ring"])
+@pytest.mark.parametrize("axis_name", ["data", ("host", "device")])
+@pytest.mark.parametrize("kind", sorted(LOSSES))
+def test_gradient_outside_of_shard_map(kind, axis_name, exchange, check_vma):
+    operands, value, gradients = problem(kind)
+    loss = jax.shard_map(
+        partial(LOSSES[kind], axis_name=axis_name, exchange=exchange),
+        mesh=mesh_of(axis_name),
+        in_specs=specs(kind, axis_name),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    argnums = tuple(range(len(operands)))
+    squared, got = jax.jit(jax.value_and_grad(lambda *x: loss(*x) ** 2 / 2, argnums))(*operands)
+    check(squared, got, value**2 / 2, gradients)
+
+
+@needs_devices
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("exchange", ["all_gather", "ring"])
+@pytest.mark.parametrize("kind", sorted(LOSSES))
+def test_gradient_inside_of_shard_map(kind, exchange, check_vma):
+    """Exact where jax tracks replication; else times the number of devices, and right once averaged."""
+    operands, value, gradients = problem(kind)
+    argnums = tuple(range(len(operands)))
+
+    def per_device(*operands):
+        def squared(*x):
+            return LOSSES[kind](*x, axis_name="data", exchange=exchange) ** 2 / 2
+
+        value, got = jax.value_and_grad(squared, argnums)(*operands)
+        if not check_vma:
+            got = (got[0] / DEVICES, got[1] / DEVICES, *(jax.lax.pmean(x, "data") for x in got[2:]))
+        return value[None], got  # a row per device shows that all have the same value
+
+    in_specs = specs(kind, "data")
+    mapped = jax.shard_map(
+        per_device,
+        mesh=mesh_of("data"),
+        in_specs=in_specs,
+        out_specs=(P("data"), in_specs),
+        check_vma=check_vma,
+    )
+    values, got = jax.jit(mapped)(*operands)
+    assert values.shape == (DEVICES,)
+    assert len(set(np.asarray(values).tolist())) == 1
+    check(values[0], got, value**2 / 2, gradients)
+
+
+@needs_devices
+@pytest.mark.parametrize("exchange", ["all_gather", "ring"])
+def test_towers_get_the_gradient_of_one_device(exchange):
+    """Parameters replicated, inputs sharded, as a trainer has it; gradient taken inside."""
+    rng = np.random.default_rng(6)
+    inputs = jnp.asarray(rng.standard_normal((2, DEVICES * ROWS, 5)), jnp.float32)
+    params = {"towers": jnp.asarray(rng.standard_normal((2, 5, FEATURES)), jnp.float32), "log_scale": jnp.float32(1.5)}
+
+    def loss(params, inputs, **kwargs):
+        features = jnp.einsum("mbi,mid->mbd", inputs, params["towers"])
+        image, text = features / jnp.linalg.norm(features, axis=-1, keepdims=True)
+        return contrastive_loss(image, text, jnp.exp(params["log_scale"]), **kwargs)
+
+    expected = jax.jit(jax.value_and_grad(loss))(params, inputs)
+    mapped = jax.shard_map(
+        jax.value_and_grad(partial(loss, axis_name="data", exchange=exchange)),
+        mesh=mesh_of("data"),
+        in_specs=(P(), P(None, "data")),
+        out_specs=(P(), P()),
+    )
+    got = jax.jit(mapped)(params, inputs)
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)  # float32 sums in another order
+
+
+@needs_devices
+@pytest.mark.parametrize("exchange", ["all_gather", "ring"])
+def test_bfloat16_features_and_a_large_scale(exchange):
+    operands, *_ = problem("contrastive", jnp.bfloat16)
+    operands = (*operands[:2], jnp.float32(1000.0))
+    loss = jax.shard_map(
+        partial(contrastive_loss, axis_name="data", exchange=exchange),
+        mesh=mesh_of("data"),
+        in_specs=specs("contrastive", "data"),
+        out_specs=P(),
+    )
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*operands)
+    exact = reference.contrastive_loss_grad(*operands)
+    np.testing.assert_allclose(value, reference.contrastive_loss(*operands), rtol=1e-6)
+    for gradient, expected in zip(gradients, exact.values(), strict=True):
+        # Weights and gradients are each rounded to bfloat16 once: 2**-8 of the largest.
+        np.testing.assert_allclose(np.asarray(gradient, np.float64), expected, atol=2**-8 * np.abs(expected).max())
+
+
+@needs_devices
+def test_logits_are_never_the_whole_square():
+    """[b, B] blocks when gathered, [b, b] around the ring."""
+    rows = jax.ShapeDtypeStruct((DEVICES * 32, FEATURES), jnp.float32)
+    for exchange, largest in (("all_gather", 32 * 256), ("ring", 32 * 32)):
+        loss = jax.shard_map(
+            partial(contrastive_loss, axis_name="data", exchange=exchange),
+            mesh=mesh_of("data"),
+            in_specs=specs("contrastive", "data"),
+            out_specs=P(),
+        )
+        jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(rows, rows, jnp.float32(1.0))
+        sizes = [int(np.prod(shape)) for shape in logit_shapes(jaxpr.jaxpr)]
+        assert max(sizes) == largest, exchange
+
+
+def logit_shapes(jaxpr):
+    """Shapes of matrix products between features inside of the shard_map, all nested jaxprs included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            shape = equation.outvars[0].aval.shape
+            if FEATURES not in shape and len(shape) == 2:
+                yield shape
+        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from logit_shapes(inner)

@@ -1,0 +1,88 @@
+"""Which implementation a call takes, and what is said about it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from clipa_kernels import contrastive_loss, dispatch, dot_product_attention, explain, flat_attention, supports
+from clipa_kernels.dispatch import SUPPORTED, Implementation, choose, unsupported
+
+X = jax.ShapeDtypeStruct((2, 5, 4, 8), jnp.bfloat16)
+R = jax.ShapeDtypeStruct((10, 32), jnp.bfloat16)
+
+
+def test_explain_names_the_choice_and_a_reason_for_every_other():
+    explanation = explain(dot_product_attention, X, X, X, is_causal=True)
+    assert explanation.implementation == "xla"
+    assert set(explanation.reasons) == {"xla", "tpu", "gpu"}
+    assert explanation.reasons["xla"] is None
+    assert explanation.reasons["tpu"]
+    assert explanation.reasons["gpu"]
+    lines = str(explanation).splitlines()
+    assert lines[0] == "dot_product_attention: xla"
+    assert f"  not tpu: {explanation.reasons['tpu']}" in lines
+
+
+def test_explain_takes_arrays_shapes_and_tracers():
+    expected = explain(flat_attention, R, R, R, num_heads=4, seq_len=5)
+    array = jnp.ones(R.shape, R.dtype)
+    assert explain(flat_attention, array, array, array, num_heads=4, seq_len=5) == expected
+    seen = []
+    jax.eval_shape(lambda x: seen.append(explain(flat_attention, x, x, x, num_heads=4, seq_len=5)), R)
+    assert seen == [expected]
+    rows = np.ones((4, 8), np.float32)
+    # No mesh is needed to ask about a call that needs one.
+    assert explain(contrastive_loss, rows, rows, 10.0, axis_name="data", exchange="ring").implementation == "xla"
+
+
+def test_explicit_choice_is_explained_and_strict():
+    assert explain(flat_attention, R, R, R, num_heads=4, seq_len=5, implementation="xla").implementation == "xla"
+    with pytest.raises(ValueError, match="implementation must be None or one of 'tpu', 'gpu', 'xla'; got 'cuda'"):
+        explain(flat_attention, R, R, R, num_heads=4, seq_len=5, implementation="cuda")
+
+
+def test_supports_says_whether_and_why_not():
+    support = supports(dot_product_attention, "xla", X, X, X)
+    assert support
+    assert support.reason is None
+    with pytest.raises(ValueError, match="implementation must be"):
+        supports(dot_product_attention, "cuda", X, X, X)
+
+
+def test_wrong_arguments_raise_what_the_call_raises():
+    with pytest.raises(ValueError, match="seq_len must divide"):
+        explain(flat_attention, R, R, R, num_heads=4, seq_len=3)
+    with pytest.raises(ValueError, match="num_heads must divide"):
+        supports(flat_attention, "xla", R, R, R, num_heads=5, seq_len=5)
+    with pytest.raises(ValueError, match="function must be one of dot_product_attention, flat_attention"):
+        explain(jax.nn.dot_product_attention, X, X, X)
+
+
+CHOICES = (
+    Implementation("tpu", lambda n: SUPPORTED if n < 3 else unsupported("too long"), lambda n, x: None, "tpu"),
+    Implementation("any", lambda n: SUPPORTED, lambda n, x: None),
+    Implementation("spare", lambda n: SUPPORTED, lambda n, x: None),
+)
+
+
+@pytest.mark.parametrize(
+    ("backend", "size", "chosen", "reasons"),
+    [
+        ("tpu", 2, "tpu", {"tpu": None, "any": "tpu is preferred", "spare": "tpu is preferred"}),
+        ("tpu", 3, "any", {"tpu": "too long", "any": None, "spare": "any is preferred"}),
+        ("cpu", 3, "any", {"tpu": "too long", "any": None, "spare": "any is preferred"}),
+        ("cpu", 2, "any", {"tpu": "made for tpu, and jax's default backend is cpu", "any": None}),
+    ],
+)
+def test_default_choice_follows_backend_and_support(monkeypatch, backend, size, chosen, reasons):
+    monkeypatch.setattr(dispatch.jax, "default_backend", lambda: backend)
+    implementation, explanation = choose("f", CHOICES, size, None)
+    assert implementation.name == explanation.implementation == chosen
+    assert explanation.reasons.items() >= reasons.items()
+
+
+def test_explicit_choice_does_not_ask_for_the_backend():
+    """So that a machine without a TPU can compile for one."""
+    assert choose("f", CHOICES, 2, "tpu")[0].name == "tpu"
+    with pytest.raises(NotImplementedError, match="f: implementation='tpu' cannot serve this call: too long"):
+        choose("f", CHOICES, 3, "tpu")
