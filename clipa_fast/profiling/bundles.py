@@ -112,8 +112,9 @@ def _parse_bundles(text: str) -> list[_Bundle]:
         if found:
             parts = [part.strip(" }") for part in found["body"].split(";;")]
             bundles.append(_Bundle(found["label"] or "", parts, regions))
-        elif bundles:  # a comment that spreads over lines
+        elif bundles:  # a comment that spreads over lines; instructions may follow it
             bundles[-1].regions += regions
+            bundles[-1].instructions += [part.strip(" }") for part in line.split(";;")[1:]]
     return bundles
 
 

@@ -74,6 +74,7 @@ def compile_for_tpu(
     """
     kind = find_chip(chip)
     if mesh is None:
+        topology_name(kind, devices)  # refuses what there is not
         mesh = tpu_mesh(chip, {"data": devices})
     elif mesh.devices.flat[0].device_kind != kind.device_kind:
         made_of = mesh.devices.flat[0].device_kind
@@ -95,6 +96,7 @@ def compile_for_tpu(
 
     with _one_at_a_time, _without_compilation_cache():
         folder = dump_folder()
+        _empty(folder)  # what others compiled with libtpu in this process
         started = time.perf_counter()
         try:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -103,8 +105,7 @@ def compile_for_tpu(
             seconds = time.perf_counter() - started
             dumps = _read_dumps(folder)
         finally:
-            for file in folder.iterdir():
-                file.unlink(missing_ok=True)
+            _empty(folder)
     ops, collectives, notes = estimate_ops(parse_module(compiled.as_text() or ""), dumps, kind)
     memory: Any = compiled.memory_analysis()
     peak = memory.peak_memory_in_bytes
@@ -139,6 +140,11 @@ def _describe(arg: Any, spec: Any, mesh: Mesh) -> Any:
 
     is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
     return jax.tree.map(lambda s, part: jax.tree.map(lambda v: leaf(v, s), part), spec, arg, is_leaf=is_spec)
+
+
+def _empty(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink(missing_ok=True)
 
 
 def _read_dumps(folder: Path) -> dict[str, str]:

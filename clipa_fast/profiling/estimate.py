@@ -43,7 +43,7 @@ def estimate_ops(module: Module, dumps: Mapping[str, str], chip: Chip) -> tuple[
                 execution, basis = twins.get(_signature(module, computation, instruction)), "twin"
             beside = computation in asynchronous
             op = _estimate(module, computation, instruction, execution, basis, count, beside, chip)
-            if op.basis != "bytes" or op.hbm_bytes > _SCALAR_BYTES * count:
+            if op.basis != "bytes" or op.kind == "collective" or op.hbm_bytes > _SCALAR_BYTES * count:
                 ops.append(op)
     guessed = sum(op.time_us for op in ops if op.basis in ("xla", "bytes"))
     if guessed > 0.02 * sum(op.time_us for op in ops):

@@ -19,7 +19,7 @@ class Shape:
 
     text: str
     padded_bytes: int  # tile padding included
-    in_hbm: bool
+    in_hbm: bool  # scalars are not worth counting
 
 
 @dataclasses.dataclass
@@ -119,7 +119,7 @@ def _parse_shape(match: re.Match) -> Shape:
         physical = [1] * (len(sizes) - len(physical)) + physical
         for place, size in enumerate(sizes, start=len(physical) - len(sizes)):
             physical[place] = -(-physical[place] // size) * size
-    in_hbm = not re.search(r"S\([1-9]\d*\)", placement)
+    in_hbm = bool(dims) and not re.search(r"S\([1-9]\d*\)", placement)
     return Shape(match.group(), math.prod(physical) * bits // 8, in_hbm)
 
 
