@@ -11,9 +11,10 @@ import numpy as np
 from clipa_kernels import attention_xla
 from clipa_kernels.attention_problem import AttentionOperands, describe_dot_product_attention, describe_flat_attention
 from clipa_kernels.dispatch import SUPPORTED, Implementation, choose, not_built, not_built_run
+from clipa_kernels.tpu import attention as tpu_attention
 
 IMPLEMENTATIONS = (
-    Implementation("tpu", not_built, not_built_run, platform="tpu"),
+    Implementation("tpu", tpu_attention.supports, tpu_attention.attention, platform="tpu"),
     Implementation("gpu", not_built, not_built_run, platform="gpu"),
     Implementation("xla", lambda problem: SUPPORTED, attention_xla.attention),
 )

@@ -6,11 +6,14 @@ by static estimate.
 
 from clipa_kernels.tpu.chips import Chip
 from clipa_kernels.tpu.tiling import (
+    LANES,
+    HeadGroup,
     Tiling,
     batch_multiple,
     columns_of,
     head_groups,
     lane_block,
+    looped_group,
     round_up,
     tile_of,
 )
@@ -22,6 +25,8 @@ SETTINGS: tuple[tuple[str, int, int, int, tuple[int, int]], ...] = (
     ("", 1024, 4, 4, (1, 2)),
 )
 
+MAX_REGISTERS = 1200  # of logits in one loop body; the size of the program and its compile time grow with them
+
 
 def _settings(chip: Chip, length: int) -> tuple[int, int, tuple[int, int]]:
     return next(s[2:] for s in SETTINGS if s[0] in ("", chip.name) and length <= s[1])
@@ -32,9 +37,9 @@ def vmem_bytes(tiling: Tiling, itemsize: int, tensors: int) -> int:
     lanes = round_up(tiling.block_lanes, 128)
     blocks = 2 * tensors * round_up(tiling.block_rows, 8) * lanes * itemsize
     width = max(tiling.columns(group).total for group in tiling.groups)
-    logits = 2 * tiling.tile_rows * width * (tiling.lags[0] + 1) * 4
+    logits = 2 * tiling.tile_rows * min(width, 2 * LANES) * (tiling.lags[0] + 1) * 4
     products = 2 * tiling.tile_rows * width * (tiling.lags[1] - tiling.lags[0] + 1) * itemsize
-    bias = (2 * tiling.offsets + tiling.unroll) * tiling.tile_rows * round_up(tiling.tile_rows, 128) * 4
+    bias = (tiling.offsets + tiling.unroll) * tiling.tile_rows * LANES * 4
     return blocks + logits + products + bias + 3 * tiling.tile_rows * lanes * 4
 
 
@@ -55,29 +60,52 @@ def choose_tiling(
     """The tiling for `batch` sequences (a result of `padded_batch`), or None if not even one block fits in VMEM."""
     heads_wanted, items, lags = _settings(chip, length)
     smallest = _smallest_block(length)
+    width = num_heads * head_dim
     best = None
     for lanes in sorted({lane_block(num_heads, head_dim, h) for h in (1, heads_wanted)}):
-        groups = head_groups(lanes // head_dim, head_dim, 2, chip.mxu)
+        groups, looped = head_groups(lanes // head_dim, head_dim, 2, chip.mxu), 0
+        if sum(_logits_registers(length, group) for group in groups) > MAX_REGISTERS:
+            if lanes % LANES or lanes < looped_group(head_dim).width:
+                continue
+            groups, looped = (looped_group(head_dim),), lanes // head_dim
         for sequences in range(smallest, batch + 1, smallest):
-            if batch % sequences:
+            if batch % sequences or (sequences * length > 4096 and sequences > smallest):
                 continue
-            if sequences * length > 4096 and sequences > smallest:
-                break
             together, rows = tile_of(length, sequences)
-            if rows > sequences * length:
-                continue
             tiles = -(-sequences // together)
             unroll = max(1, min(tiles, round(items / len(groups))))
-            tiling = Tiling(length, together, rows, sequences, lanes, groups, unroll, lags)
-            if vmem_bytes(tiling, itemsize, tensors) > chip.vmem_bytes:
+            if sum(_logits_registers(length, group) for group in groups) * unroll > MAX_REGISTERS:
+                unroll = 1
+            tiling = Tiling(length, together, rows, sequences, lanes, groups, unroll, lags, looped)
+            if rows > tiling.block_rows or vmem_bytes(tiling, itemsize, tensors) > chip.vmem_bytes:
                 continue
             wasted = round_up(tiles, unroll) * together / sequences
-            steps = (batch // sequences) * (num_heads * head_dim // lanes)
+            steps = (batch // sequences) * (width // lanes)
             few_items = 1 + 0.5 / (unroll * len(groups))
-            cost = wasted * few_items * (1 + 1 / steps) * (1 + 64 / (sequences * length))
+            cost = wasted * few_items * (1 + 1 / steps) * (1 + 64 / tiling.block_rows) * (1.2 if looped else 1)
             if best is None or cost < best[0]:
                 best = cost, tiling
     return best and best[1]
 
 
-__all__ = ["choose_tiling", "columns_of", "padded_batch", "vmem_bytes"]
+def lanes_per_head(
+    batch: int, length: int, num_heads: int, head_dim: int, itemsize: int, tensors: int, chip: Chip
+) -> int | None:
+    """Lanes that a head has to have: `head_dim` if its blocks fit in VMEM, else 128 if those do, else None.
+
+    A block holds whole heads and ends at a multiple of 128 lanes; heads of 88 need blocks of 16 heads for that, which
+    is too much for long sequences. Heads padded to 128 lanes can be taken one by one.
+    """
+    for lanes in (head_dim, LANES):
+        if choose_tiling(batch, length, num_heads, lanes, itemsize, tensors, chip) is not None:
+            return lanes
+    return None
+
+
+def _logits_registers(length: int, group: HeadGroup) -> int:
+    """Registers of 8 x 128 that the logits of one head group fill: what the size of the program grows with."""
+    rows = tile_of(length, length)[1]
+    return rows // 8 * columns_of(rows, len(group.heads)).total // 128
+
+
+__all__ = ["choose_tiling", "lanes_per_head", "padded_batch", "vmem_bytes"]

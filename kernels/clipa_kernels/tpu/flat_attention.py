@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from clipa_kernels.tpu import tile_attention
-from clipa_kernels.tpu.block_sizes import choose_tiling, padded_batch
+from clipa_kernels.tpu.block_sizes import choose_tiling, lanes_per_head, padded_batch
 from clipa_kernels.tpu.chips import Chip
 
 
@@ -24,42 +24,44 @@ class FlatAttention:
     interpret: object = False
 
 
-def _padded(config: FlatAttention, *arrays: jax.Array) -> list[jax.Array]:
-    """Zero rows after the last sequence, up to whole blocks: only batches that are no multiple of 8 need any."""
-    rows = arrays[0].shape[0]
-    missing = padded_batch(rows // config.seq_len, config.seq_len) * config.seq_len - rows
-    return [jnp.pad(x, ((0, missing), (0, 0))) if missing else x for x in arrays]
-
-
 def _kernel(kernel, config: FlatAttention, operands: list[jax.Array], results: int, lengths: jax.Array | None):
-    operands = _padded(config, *operands)
+    """Run a kernel on operands that are padded where they have to be: with sequences up to whole blocks, which only
+    batches that are no multiple of 8 need, and with lanes, where a block of whole heads would not fit in VMEM."""
     rows, width = operands[0].shape
-    batch = rows // config.seq_len
+    head_dim = width // config.num_heads
+    batch = padded_batch(rows // config.seq_len, config.seq_len)
+    sizes = operands[0].dtype.itemsize, len(operands) + results, config.chip
+    lanes = lanes_per_head(batch, config.seq_len, config.num_heads, head_dim, *sizes)
+    tiling = choose_tiling(batch, config.seq_len, config.num_heads, lanes, *sizes)
     if lengths is not None:
         lengths = jnp.pad(lengths, (0, batch - lengths.shape[0]))
-    tiling = choose_tiling(
-        batch,
-        config.seq_len,
-        config.num_heads,
-        width // config.num_heads,
-        operands[0].dtype.itemsize,
-        len(operands) + results,
-        config.chip,
-    )
-    return kernel(
-        *operands,
+
+    def pad(x):
+        if lanes != head_dim:
+            x = jnp.pad(x.reshape(rows, config.num_heads, head_dim), ((0, 0), (0, 0), (0, lanes - head_dim)))
+            x = x.reshape(rows, -1)
+        missing = batch * config.seq_len - rows
+        return jnp.pad(x, ((0, missing), (0, 0))) if missing else x
+
+    def unpad(x):
+        x = x[:rows]
+        return x if lanes == head_dim else x.reshape(rows, -1, lanes)[:, :, :head_dim].reshape(rows, width)
+
+    results = kernel(
+        *map(pad, operands),
         lengths,
         tiling=tiling,
         scale=config.scale,
         is_causal=config.is_causal,
-        vmem_bytes=config.chip.vmem_bytes,
+        vmem_bytes=config.chip.vmem_bytes + (8 << 20),  # what the compiler spills comes on top
         interpret=config.interpret,
     )
+    return [unpad(x) for x in results]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(config: FlatAttention, query, key, value, lengths):
-    return _kernel(tile_attention.forward, config, [query, key, value], 1, lengths)[: query.shape[0]]
+    return _kernel(tile_attention.forward, config, [query, key, value], 1, lengths)[0]
 
 
 def _forward(config: FlatAttention, query, key, value, lengths):
@@ -74,7 +76,7 @@ def _forward(config: FlatAttention, query, key, value, lengths):
 def _backward(config: FlatAttention, residuals, d_out):
     query, key, value, lengths = residuals
     gradients = _kernel(tile_attention.backward, config, [query, key, value, d_out.astype(query.dtype)], 3, lengths)
-    return (*(g[: query.shape[0]] for g in gradients), None)
+    return (*gradients, None)
 
 
 _attention.defvjp(_forward, _backward)

@@ -36,7 +36,7 @@ def matmul(a: jax.Array, b: jax.Array, *, transpose_a: bool = False, transpose_b
 
 def only_lanes(x: jax.Array, start: int, stop: int) -> jax.Array:
     """`x` with zeros outside lanes start:stop (an AND on whole registers: some TPUs cannot select in bfloat16)."""
-    if start == 0 and stop == x.shape[1]:
+    if isinstance(start, int) and stop - start == x.shape[1]:
         return x
     lane = lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
     keep = jnp.where((lane >= start) & (lane < stop), jnp.uint32(0xFFFFFFFF), jnp.uint32(0))
@@ -64,10 +64,16 @@ def queries_stacked(x: jax.Array, heads: Heads, columns: Columns) -> jax.Array:
     return jnp.concatenate(parts, axis=0)
 
 
-def bias_columns(bias: jax.Array, heads: Heads, columns: Columns) -> jax.Array:
-    """The mask [keys, own + LANES] of one head, repeated for the columns of all."""
-    shared = [bias[:, columns.own : columns.own + LANES]] if columns.shared else []
-    return jnp.concatenate([bias[:, : columns.own]] * len(heads) + shared, axis=1)
+def query_rows(columns: Columns, heads: int, part: slice) -> jax.Array:
+    """[1, columns of the part] int32: the row of the tile behind each column; too large where there is none."""
+    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    own = [lane + start for start in range(0, columns.own, LANES)] * heads
+    if not columns.shared:
+        tiles = own
+    else:
+        position = lane & (columns.shared - 1)
+        tiles = [*own, jnp.where(position < columns.shared_rows, position + columns.own_rows, 1 << 20)]
+    return jnp.concatenate(tiles[part.start // LANES : part.stop // LANES], axis=1)
 
 
 def sum_over_keys(weights: jax.Array, x: jax.Array, heads: Heads, columns: Columns) -> jax.Array:
@@ -85,12 +91,15 @@ def sum_over_keys(weights: jax.Array, x: jax.Array, heads: Heads, columns: Colum
     return jnp.concatenate([total, rest], axis=0)
 
 
-def probabilities(logits: jax.Array, bias: jax.Array, scale: float) -> jax.Array:
-    """Softmax over rows of scale * logits + bias, where bias is 0 or MASKED; zeros for columns without keys."""
+def probabilities(logits: jax.Array, bias: jax.Array, scale: float, factor: jax.Array | float = 1.0) -> jax.Array:
+    """Softmax over rows of scale * logits + bias, where bias is 0 or MASKED; zeros for columns without keys.
+
+    `factor` multiplies whole columns: 0 for queries that have no business here.
+    """
     logits = logits + bias
     top = jnp.maximum(jnp.max(logits, axis=0, keepdims=True), LOWEST)
     weights = jnp.exp2((logits - top) * (scale / math.log(2)))
-    return weights * (1 / jnp.maximum(jnp.sum(weights, axis=0, keepdims=True), TINY))
+    return weights * (factor / jnp.maximum(jnp.sum(weights, axis=0, keepdims=True), TINY))
 
 
 def logits_gradient(probs: jax.Array, probs_gradient: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ window of whole 128-lane tiles they lie in.
 
 import dataclasses
 import math
+from typing import Any
 
 LANES = 128
 SUBLANES = 8
@@ -17,16 +18,16 @@ SUBLANES = 8
 
 @dataclasses.dataclass(frozen=True)
 class HeadGroup:
-    """Heads computed together: `start:stop` is their lane window, `heads` their lanes within that window."""
+    """Heads computed together: `start` and `width` of their lane window, `heads` their lanes within that window."""
 
-    start: int
-    stop: int
-    heads: tuple[tuple[int, int], ...]
+    start: Any
+    width: int
+    heads: tuple[tuple[Any, Any], ...]
 
     @property
     def lane_tiles(self) -> range:
         """The 128-lane tiles of the block that the window covers."""
-        return range(self.start // LANES, -(-self.stop // LANES))
+        return range(self.start // LANES, -(-(self.start + self.width) // LANES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,12 @@ def columns_of(rows: int, heads: int) -> Columns:
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Sizes of one kernel call; see the module's text for the words."""
+    """Sizes of one kernel call; see the module's text for the words.
+
+    `unroll` tiles are worked on in one pass of the loop, and `lags` say how far the stages of the work stand apart.
+    With `looped_heads` the loop goes over that many heads too, one group standing for all of them: code for long
+    sequences is too large to repeat for each head.
+    """
 
     length: int
     sequences: int
@@ -66,6 +72,7 @@ class Tiling:
     groups: tuple[HeadGroup, ...]
     unroll: int = 1
     lags: tuple[int, int] = (1, 4)
+    looped_heads: int = 0
 
     @property
     def block_rows(self) -> int:
@@ -116,9 +123,14 @@ def head_groups(num_heads: int, head_dim: int, together: int, mxu: int) -> tuple
             last += 1
         stop = min(round_up(last * head_dim, LANES), num_heads * head_dim)
         heads = tuple((h * head_dim - start, (h + 1) * head_dim - start) for h in range(head, last))
-        groups.append(HeadGroup(start, stop, heads))
+        groups.append(HeadGroup(start, stop - start, heads))
         head = last
     return tuple(groups)
+
+
+def looped_group(head_dim: int) -> HeadGroup:
+    """The group that stands for every head: one head, in as many lanes as it can touch wherever it starts."""
+    return HeadGroup(0, LANES if LANES % head_dim == 0 else 2 * LANES, ((0, head_dim),))
 
 
 def lane_block(num_heads: int, head_dim: int, heads_wanted: int) -> int:
