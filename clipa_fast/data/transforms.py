@@ -24,7 +24,7 @@ CROP_UNIFORMS = _ASPECT_TRIES + 3
 JITTER_UNIFORMS = 10
 """Uniform numbers that `color_jitter_gray` takes per picture."""
 # Rows jittered at once: their float32 copies should stay in the CPU's cache.
-_JITTER_BYTES = 2 << 20
+_JITTER_BYTES = 1 << 20
 
 
 def resize(
@@ -165,50 +165,75 @@ def color_jitter_gray(images: np.ndarray, uniforms: np.ndarray, strength: float 
     chunk = max(1, _JITTER_BYTES // (4 * max(1, images[0].size))) if len(images) else 1
     for start in range(0, len(touched), chunk):
         part = touched[start : start + chunk]
-        pixels = images[part].astype(np.float32) / 255
+        # Channel by channel, so that every operation runs along whole planes.
+        planes = np.ascontiguousarray(images[part].transpose(0, 3, 1, 2), dtype=np.float32)
+        planes = planes.reshape(len(part), 3, -1) / 255
         for place in range(4):
             for operation, adjust in enumerate(_ADJUSTMENTS):
                 rows = np.flatnonzero(jittered[part] & (order[part, place] == operation))
                 if len(rows):
-                    factor = factors[part[rows], operation][:, None, None, None]
-                    pixels[rows] = np.clip(adjust(pixels[rows], factor), 0, 1)
+                    adjusted = adjust(planes[rows], factors[part[rows], operation][:, None, None])
+                    planes[rows] = np.clip(adjusted, 0, 1, out=adjusted)
         rows = np.flatnonzero(grey[part])
-        pixels[rows] = (pixels[rows] @ _LUMA)[..., None]
-        out[part] = np.round(pixels * 255).astype(np.uint8)
+        planes[rows] = np.einsum("ncp,c->np", planes[rows], _LUMA)[:, None]
+        levels = np.rint(planes * 255).astype(np.uint8)
+        out[part] = levels.reshape(len(part), 3, *images.shape[1:3]).transpose(0, 2, 3, 1)
     return out
 
 
 _LUMA = np.array([0.2989, 0.587, 0.114], np.float32)
 
-
-def _adjust_brightness(pixels: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    return pixels * factor
+# The adjustments take planes, float32 [n, 3, pixels] in [0, 1], which they may overwrite, and a factor [n, 1, 1].
 
 
-def _adjust_contrast(pixels: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    mean = pixels.mean(axis=(1, 2), keepdims=True)
-    return (pixels - mean) * factor + mean
+def _adjust_brightness(planes: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    return np.multiply(planes, factor, out=planes)
 
 
-def _adjust_saturation(pixels: np.ndarray, factor: np.ndarray) -> np.ndarray:
+def _adjust_contrast(planes: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    mean = planes.mean(axis=2, keepdims=True)
+    planes -= mean
+    planes *= factor
+    planes += mean
+    return planes
+
+
+def _adjust_saturation(planes: np.ndarray, factor: np.ndarray) -> np.ndarray:
     """HSV saturation times `factor`, at most 1; hue and value stay."""
-    value = pixels.max(axis=-1, keepdims=True)
-    low = pixels.min(axis=-1, keepdims=True)
-    # A channel's distance from the value scales with saturation, which cannot pass 1: there low reaches 0.
-    limit = np.divide(value, value - low, out=np.ones_like(value), where=value > low)
-    return value - (value - pixels) * np.minimum(factor, limit)
+    value, chroma = _value_and_chroma(planes)
+    # A channel's distance from the value scales with saturation, which cannot pass 1: there the lowest reaches 0.
+    limit = value / np.maximum(chroma, _TINY)
+    planes -= value
+    planes *= np.minimum(factor, limit)
+    planes += value
+    return planes
 
 
-def _adjust_hue(pixels: np.ndarray, turn: np.ndarray) -> np.ndarray:
+def _adjust_hue(planes: np.ndarray, turn: np.ndarray) -> np.ndarray:
     """HSV hue plus `turn` of the circle; saturation and value stay."""
-    red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
-    value, chroma = pixels.max(axis=-1), np.ptp(pixels, axis=-1)
-    safe = np.where(chroma > 0, chroma, 1)
-    sixth = np.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
-    sixth = np.where(value == red, (green - blue) / safe, sixth) + 6 * turn[..., 0]
-    distance = (sixth[..., None] + np.array([5, 3, 1], np.float32)) % 6
-    return value[..., None] - chroma[..., None] * np.clip(np.minimum(distance, 4 - distance), 0, 1)
+    value, chroma = (plane[:, 0] for plane in _value_and_chroma(planes))
+    red, green, blue = planes[:, 0], planes[:, 1], planes[:, 2]
+    safe = np.maximum(chroma, _TINY)
+    # Hue in sixths of the circle, counted from the primary color that is the highest.
+    sixth = np.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
+    sixth = np.where(value == red, (green - blue) / safe, sixth)
+    sixth += 6 * turn[:, 0]
+    sixth -= 6 * np.floor(sixth / 6)
+    for channel, (center, sign, offset) in enumerate(((3, 1, -1), (2, -1, 2), (4, -1, 2))):
+        level = np.clip(sign * np.abs(sixth - center) + offset, 0, 1)
+        planes[:, channel] = value - chroma * (1 - level)
+    return planes
 
+
+def _value_and_chroma(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Highest channel, and its distance from the lowest: [n, 1, pixels] each."""
+    red, green, blue = planes[:, :1], planes[:, 1:2], planes[:, 2:]
+    value = np.maximum(np.maximum(red, green), blue)
+    return value, value - np.minimum(np.minimum(red, green), blue)
+
+
+# In place of a chroma of 0, whose numerators are 0 as well.
+_TINY = np.float32(1e-12)
 
 _ADJUSTMENTS: tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], ...] = (
     _adjust_brightness,
