@@ -6,11 +6,11 @@ import jax.numpy as jnp
 from clipa_kernels.attention_problem import AttentionOperands, AttentionProblem
 from clipa_kernels.dispatch import SUPPORTED, Support, unsupported
 from clipa_kernels.tpu.block_sizes import lanes_per_head, padded_batch
-from clipa_kernels.tpu.chips import current_chip
+from clipa_kernels.tpu.chips import chip_of
 from clipa_kernels.tpu.flat_attention import FlatAttention, flat_attention
 
 MAX_LENGTH = 1024
-MAX_HEAD_DIM = 128
+HEAD_DIMS = range(16, 129)
 BACKWARD_TENSORS = 7
 
 
@@ -22,8 +22,8 @@ def supports(problem: AttentionProblem) -> Support:
         return unsupported(f"query and key must have the same length; got {problem.query_len} and {problem.key_len}")
     if problem.key_len > MAX_LENGTH:
         return unsupported(f"sequences must have at most {MAX_LENGTH} tokens; got {problem.key_len}")
-    if problem.head_dim > MAX_HEAD_DIM:
-        return unsupported(f"head_dim must be at most {MAX_HEAD_DIM}; got {problem.head_dim}")
+    if problem.head_dim not in HEAD_DIMS:
+        return unsupported(f"head_dim must be {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}; got {problem.head_dim}")
     if problem.num_heads != problem.num_kv_heads:
         return unsupported(f"key must have as many heads as query, {problem.num_heads}; got {problem.num_kv_heads}")
     if problem.bias_shape is not None:
@@ -36,7 +36,7 @@ def supports(problem: AttentionProblem) -> Support:
         return unsupported("return_residual is not served")
     if problem.scale <= 0:
         return unsupported(f"scale must be positive; got {problem.scale}")
-    chip, length = current_chip(), problem.key_len
+    chip, length = chip_of(), problem.key_len
     batch, itemsize = padded_batch(problem.batch, length), problem.dtype.itemsize
     sizes = batch, length, problem.num_heads, problem.head_dim, itemsize, BACKWARD_TENSORS, chip
     if lanes_per_head(*sizes) is None:
@@ -51,7 +51,7 @@ def attention(problem: AttentionProblem, operands: AttentionOperands) -> tuple[j
         num_heads=problem.num_heads,
         scale=problem.scale,
         is_causal=problem.is_causal,
-        chip=current_chip(),
+        chip=chip_of(operands.query),
     )
     flat = problem.batch * problem.query_len, problem.num_heads * problem.head_dim
     query, key, value = (x.reshape(flat) for x in operands[:3])

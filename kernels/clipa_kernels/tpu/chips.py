@@ -34,11 +34,14 @@ _DEVICE_KINDS = {
 }
 
 
-def current_chip() -> Chip:
-    """The chip of the mesh that is being traced for, else of the default device; v5e where neither is a known TPU.
+def chip_of(x: jax.Array | None = None) -> Chip:
+    """The chip that `x` lives on if it lies on a mesh, else that of the current mesh, else of the default device.
 
-    (On another backend the kernels only run interpreted, where the chip decides about block sizes and no more.)
+    v5e where that is no known TPU: on another backend the kernels only run interpreted, and the chip decides about
+    block sizes and no more.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
+    meshes = [] if x is None else [jax.typeof(x).sharding.mesh]
+    devices = [mesh.abstract_device for mesh in (*meshes, jax.sharding.get_abstract_mesh())]
+    kinds = [device.device_kind for device in devices if device is not None]
+    kind = kinds[0] if kinds else jax.devices()[0].device_kind
     return CHIPS[_DEVICE_KINDS.get(kind, "v5e")]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from clipa_kernels.tpu import tile_attention
 from clipa_kernels.tpu.block_sizes import choose_tiling, lanes_per_head, padded_batch
 from clipa_kernels.tpu.chips import Chip
+from clipa_kernels.tpu.partitioning import foldable, on_each_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,19 @@ class FlatAttention:
     interpret: object = False
 
 
-def _kernel(kernel, config: FlatAttention, operands: list[jax.Array], results: int, lengths: jax.Array | None):
+@functools.cache
+def _kernel(kernel: Callable, config: FlatAttention, operands: int, results: int) -> Callable[..., tuple]:
+    """The kernel for one kind of call, which `vmap` can take; its arguments are the operands, then maybe lengths."""
+    return foldable(lambda *arrays: tuple(_run(kernel, config, arrays[:operands], results, *arrays[operands:])))
+
+
+def _call(kernel: Callable, config: FlatAttention, operands: list[jax.Array], results: int, lengths: jax.Array | None):
+    arrays = (*operands, *([] if lengths is None else [lengths]))
+    sequences = operands[0].shape[0] // config.seq_len
+    return on_each_device(_kernel(kernel, config, len(operands), results), arrays, sequences)
+
+
+def _run(kernel: Callable, config: FlatAttention, operands: tuple, results: int, lengths: jax.Array | None = None):
     """Run a kernel on operands that are padded where they have to be: with sequences up to whole blocks, which only
     batches that are no multiple of 8 need, and with lanes, where a block of whole heads would not fit in VMEM."""
     rows, width = operands[0].shape
@@ -61,7 +75,7 @@ def _kernel(kernel, config: FlatAttention, operands: list[jax.Array], results: i
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(config: FlatAttention, query, key, value, lengths):
-    return _kernel(tile_attention.forward, config, [query, key, value], 1, lengths)[0]
+    return _call(tile_attention.forward, config, [query, key, value], 1, lengths)[0]
 
 
 def _forward(config: FlatAttention, query, key, value, lengths):
@@ -75,7 +89,7 @@ def _forward(config: FlatAttention, query, key, value, lengths):
 
 def _backward(config: FlatAttention, residuals, d_out):
     query, key, value, lengths = residuals
-    gradients = _kernel(tile_attention.backward, config, [query, key, value, d_out.astype(query.dtype)], 3, lengths)
+    gradients = _call(tile_attention.backward, config, [query, key, value, d_out.astype(query.dtype)], 3, lengths)
     return (*gradients, None)
 
 

@@ -1,0 +1,145 @@
+"""The TPU kernels against the float64 reference, interpreted on a CPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from clipa_kernels import flat_attention
+from clipa_kernels.tpu import tile_attention
+from clipa_kernels.tpu.tiling import Tiling, head_groups, looped_group, tile_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from .interpreted import assert_close, interpreter, random_operands
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+
+
+def tpu(num_heads, seq_len, lengths=None, **options):
+    return functools.partial(
+        flat_attention,
+        num_heads=num_heads,
+        seq_len=seq_len,
+        key_value_seq_lengths=lengths,
+        implementation="tpu",
+        **options,
+    )
+
+
+@settings(deadline=None, max_examples=8)
+@given(
+    seed=st.integers(0, 2**16),
+    batch=st.integers(1, 9),
+    seq_len=st.integers(1, 40),
+    num_heads=st.integers(1, 3),
+    head_dim=st.sampled_from([16, 24, 64, 80]),
+    dtype=st.sampled_from([BF16, F32]),
+    is_causal=st.booleans(),
+    has_lengths=st.booleans(),
+)
+def test_random_calls(seed, batch, seq_len, num_heads, head_dim, dtype, is_causal, has_lengths):
+    operands = random_operands(seed, batch, seq_len, num_heads, head_dim, dtype)
+    lengths = np.random.default_rng(seed).integers(0, seq_len + 1, batch).astype(np.int32) if has_lengths else None
+    function = tpu(num_heads, seq_len, lengths, is_causal=is_causal)
+    with interpreter():
+        assert_close(function, operands, lengths, num_heads=num_heads, seq_len=seq_len, is_causal=is_causal)
+
+
+@pytest.mark.parametrize(
+    ("batch", "seq_len", "num_heads", "head_dim"),
+    [(8, 17, 2, 64), (8, 37, 1, 88), (4, 50, 1, 104), (8, 65, 2, 64), (2, 138, 2, 64)],
+)
+def test_lengths_of_clipa(batch, seq_len, num_heads, head_dim):
+    operands = random_operands(0, batch, seq_len, num_heads, head_dim, BF16)
+    with interpreter():
+        assert_close(tpu(num_heads, seq_len), operands, num_heads=num_heads, seq_len=seq_len)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seq_len", [101, 154, 180, 197, 257, 346])
+def test_long_lengths_of_clipa(seq_len):
+    operands = random_operands(0, 1, seq_len, 2, 64, BF16)
+    with interpreter():
+        assert_close(tpu(2, seq_len), operands, num_heads=2, seq_len=seq_len)
+
+
+def test_heads_in_a_loop():
+    """Heads taken one after another at run time, where one straddles two lane tiles."""
+    seq_len, num_heads, head_dim = 21, 8, 48
+    operands = random_operands(1, 8, seq_len, num_heads, head_dim, F32)
+    sequences, rows = tile_of(seq_len, 8)
+    tiling = Tiling(seq_len, sequences, rows, 8, 384, (looped_group(head_dim),), 1, (1, 2), looped_heads=8)
+    check_tiling(tiling, operands, num_heads)
+
+
+@pytest.mark.parametrize("lags", [(1, 2), (1, 4), (2, 5)])
+def test_any_pipelining(lags):
+    seq_len = 20
+    operands = random_operands(2, 6, seq_len, 4, 64, F32)
+    sequences, rows = tile_of(seq_len, 2)
+    check_tiling(Tiling(seq_len, sequences, rows, 6, 256, head_groups(4, 64, 2, 128), 2, lags), operands, 4)
+
+
+def check_tiling(tiling, operands, num_heads):
+    options = {"tiling": tiling, "scale": 0.2, "is_causal": False, "vmem_bytes": 1 << 26}
+
+    @jax.custom_vjp
+    def attention(query, key, value):
+        return tile_attention.forward(query, key, value, None, **options)[0]
+
+    attention.defvjp(
+        lambda *xs: (attention(*xs), xs), lambda xs, g: tuple(tile_attention.backward(*xs, g, None, **options))
+    )
+    with interpreter():
+        assert_close(attention, operands, num_heads=num_heads, seq_len=tiling.length, scale=0.2)
+
+
+def test_sequences_without_keys_give_zeros():
+    operands = random_operands(3, 8, 9, 2, 32, BF16)
+    lengths = np.zeros(8, np.int32)
+    with interpreter():
+        output, pull = jax.vjp(tpu(2, 9, lengths), *operands[:3])
+        for x in (output, *pull(operands[3])):
+            np.testing.assert_array_equal(np.asarray(x, np.float32), 0)
+
+
+def test_transformations():
+    """Under jit, vmap, scan and checkpoint the result is that of the plain call.
+
+    Rounding may differ, since more sequences make other blocks: up to eight units of the largest element.
+    """
+    operands = [x.reshape(2, -1, x.shape[1]) for x in random_operands(4, 2 * 8, 9, 2, 32, F32)]
+    *inputs, cotangent = operands
+    function = tpu(2, 9)
+
+    def gradient(fn):
+        return lambda *xs: jax.vjp(fn, *xs[:3])[1](xs[3])
+
+    with interpreter():
+        want = [gradient(function)(*(x[i] for x in operands)) for i in range(2)]
+        want = [np.stack(parts) for parts in zip(*want, strict=True)]
+        policy = jax.checkpoint_policies.save_only_these_names("attention_query", "attention_key", "attention_value")
+        ways = {
+            "jit of vmap": jax.jit(jax.vmap(gradient(function))),
+            "gradient of vmap": gradient(jax.vmap(function)),
+            "scan of checkpoint": lambda *xs: jax.lax.scan(
+                lambda c, x: (c, gradient(jax.checkpoint(function, policy=policy))(*x)), 0, xs
+            )[1],
+        }
+        for name, way in ways.items():
+            for got, exact in zip(way(*inputs, cotangent), want, strict=True):
+                atol = 8 * float(jnp.finfo(F32).eps) * np.abs(exact).max()
+                np.testing.assert_allclose(got, exact, rtol=0, atol=atol, err_msg=name)
+
+
+def test_what_is_not_served_says_why():
+    x = jnp.ones((8, 64), jnp.float16)
+    with pytest.raises(NotImplementedError, match="dtype must be float32 or bfloat16; got float16"):
+        tpu(1, 8)(x, x, x)
+    x = jnp.ones((8, 512), F32)
+    with pytest.raises(NotImplementedError, match="head_dim must be 16 to 128; got 512"):
+        tpu(1, 8)(x, x, x)
+    with pytest.raises(NotImplementedError, match="scale must be positive"):
+        tpu(8, 8, scale=-1.0)(x, x, x)

@@ -1,0 +1,63 @@
+"""The arithmetic of tiles: every row and head is covered, and everything fits where it should."""
+
+from clipa_kernels.tpu.block_sizes import choose_tiling, lanes_per_head, padded_batch, vmem_bytes
+from clipa_kernels.tpu.chips import CHIPS
+from clipa_kernels.tpu.tiling import LANES, columns_of, head_groups
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+SIZES = st.fixed_dictionaries(
+    {
+        "batch": st.integers(1, 64),
+        "length": st.integers(1, 1024),
+        "num_heads": st.integers(1, 20),
+        "head_dim": st.integers(16, 128),
+        "itemsize": st.sampled_from([2, 4]),
+        "tensors": st.sampled_from([4, 7]),
+        "chip": st.sampled_from([CHIPS[name] for name in ("v5e", "v5p", "v6e", "tpu7x")]),
+    }
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SIZES)
+def test_tilings_cover_and_fit(sizes):
+    sizes["batch"] = padded_batch(sizes["batch"], sizes["length"])
+    sizes["head_dim"] = lanes_per_head(**sizes)
+    tiling = choose_tiling(**sizes)
+    assert vmem_bytes(tiling, sizes["itemsize"], sizes["tensors"]) <= sizes["chip"].vmem_bytes
+    assert sizes["batch"] % tiling.block_sequences == 0
+    assert tiling.block_rows % 8 == 0
+    assert tiling.tile_rows <= tiling.block_rows
+    width = sizes["num_heads"] * sizes["head_dim"]
+    assert width % tiling.block_lanes == 0
+    assert tiling.block_lanes in (width, tiling.block_lanes // LANES * LANES)
+    assert tiling.block_lanes % sizes["head_dim"] == 0
+    for tile in range(tiling.tiles):
+        first = min(tile * tiling.sequences, tiling.block_sequences - tiling.sequences) * tiling.length
+        start = min(first // 8 * 8, tiling.block_rows - tiling.tile_rows)
+        assert start % 8 == 0
+        assert start <= first
+        assert first - start < tiling.offsets
+        assert first + tiling.sequences * tiling.length <= start + tiling.tile_rows
+
+
+@given(st.integers(1, 40), st.integers(16, 128), st.sampled_from([128, 256]))
+def test_head_groups_hold_every_head_once(num_heads, head_dim, mxu):
+    groups = head_groups(num_heads, head_dim, 2, mxu)
+    lanes = [(g.start + a, g.start + b) for g in groups for a, b in g.heads]
+    assert lanes == [(h * head_dim, (h + 1) * head_dim) for h in range(num_heads)]
+    for g in groups:
+        assert g.start % LANES == 0
+        assert g.start + g.width <= num_heads * head_dim
+        assert all(0 <= a < b <= g.width for a, b in g.heads)
+
+
+@given(st.integers(1, 64).map(lambda n: 16 * n), st.integers(1, 2))
+def test_columns_hold_every_query_once(rows, heads):
+    columns = columns_of(rows, heads)
+    assert columns.own_rows + columns.shared_rows == rows
+    assert columns.own_rows <= columns.own
+    assert columns.shared_rows <= columns.shared
+    assert columns.total % LANES == 0
+    assert columns.total == heads * columns.own + (LANES if columns.shared else 0)
