@@ -23,10 +23,10 @@ _DMA = re.compile(
     r"^%\d+ = dma\.(?P<kind>[a-z]+_to_[a-z]+|general)\b[^(,]*(?:\((?P<not>!?)%(?P<predicate>\w+)\))?"
     r".*?/\*size_in_granules=\*/(?:%(?P<register>\w+)|(?P<size>\d+))"
 )
-_DMA_ENDS = re.compile(
-    r"/\*(?:src|dst)=\*/%(\w+)"
-)  # of a general DMA: pointers whose memory is told where they are made
-_POINTER = re.compile(r"%(\w+) = int_to_ptr\.(\w+)")
+# A general DMA names pointers; which memory they point to is told where they are made.
+_DMA_ENDS = re.compile(r"/\*(?:src|dst)=\*/%(\w+)")
+_POINTER = re.compile(r"%(\w+) = (?:int_to_ptr|scalar_lea|inlined_call_operand)\.(\w+)")
+_ON_CHIP = ("vmem", "smem")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,10 +130,11 @@ def _make_run(bundles: list[_Bundle], memory_of_pointer: dict[str, str]) -> Run:
                 run.spill_stores += "_spill" in instruction and "= vst" in instruction
                 run.spill_loads += "_spill" in instruction and "= vld" in instruction
             elif found := _DMA.match(instruction):
-                if found["kind"] == "general":
-                    sides = [memory_of_pointer.get(end) for end in _DMA_ENDS.findall(instruction)].count("hbm")
+                if found["kind"] == "general":  # what is not known to be on the chip counts as HBM
+                    ends = [memory_of_pointer.get(end) for end in _DMA_ENDS.findall(instruction)]
                 else:
-                    sides = found["kind"].split("_to_").count("hbm")
+                    ends = found["kind"].split("_to_")
+                sides = sum(end not in _ON_CHIP for end in ends)
                 granules = found["register"] or int(found["size"])
                 run.steps.append(Dma(found["predicate"], bool(found["not"]), granules, sides))
             elif scalar := parse_scalar(instruction):

@@ -2,7 +2,9 @@
 
 A jax device is a chip on v5e, v5p and v6e, and one of a chip's two cores on tpu7x. Bandwidth, memory and peak are the
 published figures of the chips (per core on tpu7x). Clocks are not published: they are INFERRED from
-``peak = 2 * cores * mxus * mxu_size**2 * (mxu rows per cycle) * clock``.
+``peak = 2 * cores * mxus * mxu_size**2 * (mxu rows per cycle) * clock``. So are the cycles of one vector-matmul: on v6e
+the compiler places them 8 bundles apart, on v5e and v5p 16 is what makes the clocks come out, and tpu7x is the least
+certain, its 8 being what XLA's own cycle count of a large matmul is nearest to.
 """
 
 from __future__ import annotations

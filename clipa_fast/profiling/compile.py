@@ -67,7 +67,8 @@ def compile_for_tpu(
 
     Returns:
       A ``Profile``: a static estimate. It models bundles, matrix units and HBM bandwidth; not links between devices,
-      not what starting a grid step or a DMA costs.
+      not what starting a grid step or a DMA costs, not how fast weights get into a matrix unit, not bank conflicts.
+      Well pipelined kernels may be expected to take somewhat longer in reality.
 
     Raises:
       UserError: libtpu is missing or was loaded without dumps, or chip or devices are none of those accepted.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from clipa_fast.profiling.bundles import parse_runs
 from clipa_fast.profiling.chips import Chip
@@ -50,12 +50,30 @@ def estimate_ops(module: Module, dumps: Mapping[str, str], chip: Chip) -> tuple[
         notes.append(
             f"{guessed:.0f} us rest on XLA's cycle counts or on bytes alone: those operations have no bundle dump"
         )
+    if less := _unseen_traffic(module, counts, executions):
+        seconds = sum(less.values()) / chip.hbm_bytes_per_second
+        if seconds * 1e6 > 0.02 * sum(op.time_us for op in ops):
+            notes.append(f"less HBM traffic seen than operands have bytes, {seconds * 1e6:.0f} us: {_names(less)}")
     unknown = [name for name, execution in executions.items() if execution.unknown_branches]
     if unknown:
-        notes.append(
-            f"branches on data counted as not skipped in {', '.join(unknown[:5])}" + ", ..." * (len(unknown) > 5)
-        )
+        notes.append(f"branches on data counted as not skipped in {_names(unknown)}")
     return ops, find_collectives(module, counts), notes
+
+
+def _names(names: Collection[str]) -> str:
+    return ", ".join(list(names)[:5]) + ", ..." * (len(names) > 5)
+
+
+def _unseen_traffic(module: Module, counts: Mapping[str, int], executions: Mapping[str, Execution]) -> dict[str, float]:
+    """Bytes by which the DMAs of an operation fall short of its operands and results: a check on both counts."""
+    missing = {}
+    for computation, count in counts.items():
+        for name, instruction in module.computations[computation].items():
+            if name in executions and instruction.opcode != "custom-call":
+                short = hbm_bytes(module, computation, instruction) - executions[name].dma_bytes
+                if short > 0 and not executions[name].unknown_sizes:
+                    missing[name] = short * count
+    return missing
 
 
 def _execute(text: str, chip: Chip) -> Execution:

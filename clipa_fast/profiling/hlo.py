@@ -232,6 +232,8 @@ def _parameter_bytes(module: Module, computation: str | None, place: int, full: 
 
 
 def _used_bytes(module: Module, body: dict[str, Instruction], name: str, full: int) -> int:
+    if body[name].is_root:
+        return full
     total = 0
     for user in body.values():
         for place, operand in enumerate(user.operands):

@@ -18,9 +18,8 @@ from clipa_fast.errors import UserError
 
 _DUMP_FLAGS = (
     "--xla_jf_dump_to={folder}",
-    "--xla_jf_dump_hlo_text=true",
     "--xla_jf_dump_llo_text=true",
-    "--xla_jf_dump_llo_pass_label_regex=.*final_.*",  # the last pass only: some 50 files instead of 800
+    "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*",  # the last pass only: some 20 files, not 800
 )
 _ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # libtpu's lock file would let one process at a time compile

@@ -1,5 +1,6 @@
 """Bundle dumps: loops, branches, DMAs and matrix work, on small programs in the format of a dump."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -82,12 +83,21 @@ def test_a_transfer_within_vmem_is_no_traffic():
     assert run(pipelined(5).replace("dma.hbm_to_vmem", "dma.hbm_to_hbm")).dma_bytes == 2 * 5 * 100 * 32
 
 
-def test_a_general_dma_takes_its_memory_from_the_pointer():
-    text = """
-     0   :  { %s230_s7 = int_to_ptr.hbm [resolvable:$true] %s229_s7  ;;  %s232_s2 = int_to_ptr.vmem [resolvable:$true] %s1_s2 }
-   0x1   :  { %245 = dma.general (%p1_p1), /*src=*/%s230_s7, /*size_in_granules=*/8, /*dst=*/%s232_s2, /*overrides=*/%s5_s1 }
-"""  # noqa: E501
-    assert run(text).dma_bytes == 8 * 32
+@pytest.mark.parametrize(
+    ("source", "sides"),
+    [
+        ("%s230_s7 = int_to_ptr.hbm [resolvable:$true] %s229_s7", 1),
+        ("%s230_s7 = scalar_lea.hbm %s229_s7, 64", 1),
+        ("%s230_s7 = int_to_ptr.vmem [resolvable:$true] %s229_s7", 0),
+        ("%s230_s7 = sld [smem:[#allocation3_spill]]", 1),  # not known: counted
+    ],
+)
+def test_a_general_dma_takes_its_memory_from_the_pointer(source, sides):
+    text = f"""
+     0   :  {{ {source}  ;;  %s232_s2 = int_to_ptr.vmem [resolvable:$true] %s1_s2 }}
+   0x1   :  {{ %245 = dma.general (%p1_p1), /*src=*/%s230_s7, /*size_in_granules=*/8, /*dst=*/%s232_s2 }}
+"""
+    assert run(text).dma_bytes == sides * 8 * 32
 
 
 def test_float32_keeps_the_matrix_unit_half_as_long():

@@ -139,3 +139,9 @@ def test_an_identical_operation_takes_its_twins_dump(module):
     assert by_name["fusion.2"].basis == "bundles"
     assert by_name["fusion.9"].basis == "twin"
     assert by_name["fusion.2"].time_us == by_name["fusion.9"].time_us == pytest.approx(12.0)
+
+
+def test_a_dump_that_moves_less_than_its_operands_is_told(module):
+    # The twelve slices that fusion.2 reads are nowhere in this dump.
+    _, _, notes = estimate_ops(module, {"fusion.2": "     0   :  {}\n"}, find_chip("v5e"))
+    assert any(note.startswith("less HBM traffic seen") and note.endswith("fusion.2") for note in notes)
