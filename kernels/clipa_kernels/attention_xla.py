@@ -1,8 +1,7 @@
 """Attention in plain jax, for every platform; hand-written where autodiff costs a CPU time.
 
-Heads are brought in front once, for forward and backward together. The backward recomputes the probabilities from
-the log-sum-exp, so no [T, S] array is kept. On a CPU long sequences go a few at a time, so that their logits stay in
-the cache instead of filling fresh pages.
+The backward recomputes the probabilities, so no [T, S] array is kept. On a CPU long sequences go one at a time, so
+that their logits stay in the cache instead of filling fresh pages.
 """
 
 from __future__ import annotations
@@ -39,8 +38,10 @@ def _attention(problem: AttentionProblem, operands: AttentionOperands) -> tuple[
 
 
 def _forward(problem: AttentionProblem, operands: AttentionOperands):
-    output, lse = _on_batch(_forward_batch, problem, operands)
-    return (output, lse.swapaxes(1, 2)), (operands, lse)
+    output, top, total = _on_batch(_forward_batch, problem, operands)
+    # The backward takes both, not their log-sum-exp: rounding that costs exp(logits - lse) precision at large logits.
+    lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(total)) if _may_mask(problem) else top + jnp.log(total)
+    return (output, lse.swapaxes(1, 2)), (operands, top, total)
 
 
 def _backward(problem: AttentionProblem, residuals, cotangents):
@@ -50,8 +51,8 @@ def _backward(problem: AttentionProblem, residuals, cotangents):
 _attention.defvjp(_forward, _backward)
 
 
-def _forward_batch(problem: AttentionProblem, operands: AttentionOperands) -> tuple[jax.Array, jax.Array]:
-    """Output [B, T, N, H] and log-sum-exp [B, N, T]."""
+def _forward_batch(problem: AttentionProblem, operands: AttentionOperands) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Output [B, T, N, H]; of each row's logits the largest, and the sum of exp(logits - largest): [B, N, T]."""
     operands = _heads_first_operands(problem, operands)
     logits = _logits(problem, operands)
     top = logits.max(-1, keepdims=True)
@@ -59,23 +60,21 @@ def _forward_batch(problem: AttentionProblem, operands: AttentionOperands) -> tu
         top = jnp.where(jnp.isneginf(top), 0, top)  # a row without keys: -inf - 0 has weight 0, -inf - -inf is NaN
     weights = jnp.exp(logits - top)
     total = weights.sum(-1, keepdims=True)
-    lse = (top + jnp.log(total))[..., 0]
-    if _may_mask(problem):
-        total = jnp.where(total == 0, 1, total)
-    output = _matmul(weights.astype(problem.dtype), operands.value, 2, 1) / total
-    return _tokens_first(problem, output, problem.query_len), _ungrouped(problem, lse)
+    output = _matmul(weights.astype(problem.dtype), operands.value, 2, 1) / _divisor(problem, total)
+    top, total = (_ungrouped(problem, x[..., 0]) for x in (top, total))
+    return _tokens_first(problem, output, problem.query_len), top, total
 
 
-def _backward_batch(problem: AttentionProblem, operands: AttentionOperands, lse: jax.Array, cotangent: jax.Array):
-    """Gradients as `AttentionOperands`, None for mask and lengths."""
+def _backward_batch(
+    problem: AttentionProblem, operands: AttentionOperands, top: jax.Array, total: jax.Array, cotangent: jax.Array
+) -> AttentionOperands:
+    """Gradients in place of the operands, None for mask and lengths."""
     operands = _heads_first_operands(problem, operands)
     query, key, value, bias = operands[:4]
     query_scale, logit_scale = _scales(problem)
     cotangent = _heads_first(problem, cotangent)
-    if _may_mask(problem):
-        lse = jnp.where(jnp.isneginf(lse), 0, lse)
-    logits = _logits(problem, operands)
-    probabilities = jnp.exp(logits - _merged(problem, lse)[..., None])
+    top, share = (_merged(problem, x)[..., None] for x in (top, 1 / _divisor(problem, total)))
+    probabilities = jnp.exp(_logits(problem, operands) - top) * share
     d_probabilities = _matmul(cotangent, value, 2, 2)
     delta = (probabilities * d_probabilities).sum(-1, keepdims=True)
     d_logits = probabilities * (d_probabilities - delta)
@@ -118,6 +117,11 @@ def _logits(problem: AttentionProblem, operands: AttentionOperands) -> jax.Array
     for condition in keep:
         logits = jnp.where(condition, logits, -jnp.inf)
     return _joined(logits)
+
+
+def _divisor(problem: AttentionProblem, total: jax.Array) -> jax.Array:
+    """The sum of a row's weights, 1 for a row without keys."""
+    return jnp.where(total == 0, 1, total) if _may_mask(problem) else total
 
 
 def _may_mask(problem: AttentionProblem) -> bool:
