@@ -13,12 +13,12 @@ import jax
 from rich.console import Console
 
 from clipa_fast.checkpoint import Checkpoints, Position
-from clipa_fast.config import RunConfig, StageConfig
+from clipa_fast.config import OptimizerConfig, RunConfig, StageConfig
 from clipa_fast.data.loader import Loader
 from clipa_fast.data.source import Source
 from clipa_fast.errors import UserError
 from clipa_fast.metrics import Metrics
-from clipa_fast.model.image_masks import count_kept
+from clipa_fast.model.mask_sizes import count_kept
 from clipa_fast.model.presets import grid_size, towers
 from clipa_fast.optimizer import num_steps
 from clipa_fast.progress import StageProgress
@@ -38,7 +38,7 @@ class Interrupted(Exception):
 
 
 class NonFiniteLoss(Exception):
-    """The loss is no longer a number."""
+    """The loss or its gradient is no longer a number."""
 
 
 def train(
@@ -56,7 +56,7 @@ def train(
     Raises:
       UserError: the folder holds a checkpoint of another model.
       Interrupted: SIGINT or SIGTERM came; a checkpoint was written first.
-      NonFiniteLoss: the loss is no longer a number.
+      NonFiniteLoss: the loss or its gradient is no longer a number.
     """
     console = console or Console()
     check_run(config, len(source))
@@ -114,9 +114,10 @@ def check_run(config: RunConfig, num_samples: int) -> None:
     patch = towers(config.model).patch_size
     if not config.stages:
         raise UserError("stages: the run has none")
-    for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name}: must be at least 1, got {getattr(config, name)}")
+    limits = {"seed": 0, "log_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1}
+    _check_at_least("", config, limits)
+    _check_at_least("model.", config.model, {"scan_unroll": 1})
+    _check_at_least("data.", config.data, {"workers": 0, "cache_mb": 0})
     for index, stage in enumerate(config.stages):
         where = f"stages.{index}"
         if stage.batch_size < 1:
@@ -134,10 +135,31 @@ def check_run(config: RunConfig, num_samples: int) -> None:
             raise UserError(f"{where}.min_crop_area: must be in (0, 1], got {stage.min_crop_area}")
         if not stage.base_learning_rate > 0.0:
             raise UserError(f"{where}.base_learning_rate: must be positive, got {stage.base_learning_rate}")
+        _check_optimizer(f"{where}.optimizer", stage.optimizer)
         try:
             count_kept(stage.image_mask, stage.mask_ratio, grid_size(stage.image_size, patch))
         except UserError as error:
             raise UserError(f"{where}.{error}") from error
+
+
+def _check_at_least(where: str, part: object, limits: dict[str, int]) -> None:
+    for name, least in limits.items():
+        if getattr(part, name) < least:
+            raise UserError(f"{where}{name}: must be at least {least}, got {getattr(part, name)}")
+
+
+def _check_optimizer(where: str, settings: OptimizerConfig) -> None:
+    for name in ("beta1", "beta2"):
+        if not 0.0 <= getattr(settings, name) < 1.0:
+            raise UserError(f"{where}.{name}: must be in [0, 1), got {getattr(settings, name)}")
+    for name in ("eps", "weight_decay"):
+        if not 0.0 <= getattr(settings, name) < math.inf:
+            raise UserError(f"{where}.{name}: must be 0 or more, got {getattr(settings, name)}")
+    if settings.clip_norm is not None and not settings.clip_norm > 0.0:
+        raise UserError(f"{where}.clip_norm: must be positive, got {settings.clip_norm}")
+    # The multiplier starts above 1 and is clamped to [1, max_logit_scale].
+    if settings.max_logit_scale is not None and not settings.max_logit_scale >= 1.0:
+        raise UserError(f"{where}.max_logit_scale: must be at least 1, got {settings.max_logit_scale}")
 
 
 def tokens_per_pair(config: RunConfig, stage: StageConfig) -> int:
@@ -193,9 +215,12 @@ def _run_stage(config, state, position, source, tokenizer, checkpoints, metrics,
             row = None
             while in_flight and (logged or saving or len(in_flight) > _IN_FLIGHT):
                 at, values = in_flight.popleft()
-                loss = float(values["loss"])
-                if not math.isfinite(loss):
-                    raise NonFiniteLoss(f"loss is {loss} at step {at} of stage {stage.name}; the last checkpoint stands")
+                # A loss can be finite where its gradient is not; the parameters would then be lost.
+                for name in ("loss", "gradient_norm"):
+                    if not math.isfinite(value := float(values[name])):
+                        raise NonFiniteLoss(
+                            f"{name} is {value} at step {at} of stage {stage.name}; the last checkpoint stands"
+                        )
             if logged:
                 now = time.perf_counter()
                 rate = (done - window_step) / (now - window_time)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from clipa_fast.errors import UserError
-from clipa_fast.model.presets import kept_patches
+from clipa_fast.model.mask_sizes import kept_patches, per_cell, rectangle
 
 MaskFn = Callable[[int, int], jax.Array]
 """(batch, grid) -> kept patch indices int32 [batch, kept], in raster order."""
@@ -38,31 +37,22 @@ def image_mask(strategy: str, mask_ratio: float, key: jax.Array) -> MaskFn | Non
     raise UserError(f"image_mask: unknown strategy {strategy!r}; accepted: random, grid, block")
 
 
-def count_kept(strategy: str, mask_ratio: float, grid: int) -> int:
-    """Patches that `image_mask` keeps of grid x grid. Raises UserError as it does."""
-    if strategy == "grid" and mask_ratio:
-        return _per_cell(grid, mask_ratio) * (grid // 2) ** 2
-    if strategy == "block" and mask_ratio:
-        return math.prod(_rectangle(grid, mask_ratio))
-    return kept_patches(grid, mask_ratio)
-
-
 def _random(key: jax.Array, batch: int, grid: int, kept: int) -> jax.Array:
     noise = jax.random.uniform(key, (batch, grid * grid))
     return jnp.sort(jnp.argsort(noise, axis=1)[:, :kept], axis=1)
 
 
 def _grid(key: jax.Array, batch: int, grid: int, mask_ratio: float) -> jax.Array:
-    per_cell, cells = _per_cell(grid, mask_ratio), grid // 2
+    kept, cells = per_cell(grid, mask_ratio), grid // 2
     noise = jax.random.uniform(key, (batch, cells, cells, 4))
-    corner = jnp.argsort(noise, axis=-1)[..., :per_cell]
+    corner = jnp.argsort(noise, axis=-1)[..., :kept]
     row = 2 * jnp.arange(cells)[:, None, None] + corner // 2
     column = 2 * jnp.arange(cells)[None, :, None] + corner % 2
     return jnp.sort((row * grid + column).reshape(batch, -1), axis=1)
 
 
 def _block(key: jax.Array, batch: int, grid: int, mask_ratio: float) -> jax.Array:
-    short, long = _rectangle(grid, mask_ratio)
+    short, long = rectangle(grid, mask_ratio)
     vertical, horizontal, turn = jax.random.split(key, 3)
     upright = jax.random.bernoulli(turn, 0.5, (batch, 1))
 
@@ -73,18 +63,3 @@ def _block(key: jax.Array, batch: int, grid: int, mask_ratio: float) -> jax.Arra
         return top * grid + left + inside
 
     return jnp.where(upright, indices(long, short), indices(short, long))
-
-
-def _per_cell(grid: int, mask_ratio: float) -> int:
-    if grid % 2:
-        raise UserError(f"image_mask: grid masks need an even number of patches a side, got {grid}")
-    if mask_ratio not in (0.25, 0.5, 0.75):
-        raise UserError(f"mask_ratio: grid masks drop 0.25, 0.5 or 0.75 of the patches, got {mask_ratio}")
-    return round(4 * (1 - mask_ratio))
-
-
-def _rectangle(grid: int, mask_ratio: float) -> tuple[int, int]:
-    """The largest rectangle of at most the kept count, at most twice as long as wide; the squarest of equals."""
-    kept = kept_patches(grid, mask_ratio)
-    sides = [(h, w) for h in range(1, grid + 1) for w in range(h, min(2 * h, grid) + 1) if h * w <= kept]
-    return max(sides, key=lambda s: (s[0] * s[1], -s[1]))

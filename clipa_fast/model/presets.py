@@ -82,18 +82,3 @@ def grid_size(image_size: int, patch_size: int) -> int:
     if image_size < patch_size or image_size % patch_size:
         raise UserError(f"image_size: {image_size} px is not a positive multiple of the patch, {patch_size} px")
     return image_size // patch_size
-
-
-def kept_patches(grid: int, mask_ratio: float) -> int:
-    """Patches left by a mask that drops `mask_ratio` of grid x grid: int(patches * (1 - ratio)), as CLIPA counts.
-
-    Raises:
-      UserError: the ratio is outside [0, 1) or leaves no patch.
-    """
-    if not 0.0 <= mask_ratio < 1.0:
-        raise UserError(f"mask_ratio: {mask_ratio} is outside [0, 1)")
-    # 0.3 has no exact binary form: 100 * (1 - 0.3) must count as 70, not 69.
-    kept = int(grid * grid * (1.0 - mask_ratio) + 1e-9)
-    if kept < 1:
-        raise UserError(f"mask_ratio: {mask_ratio} leaves none of {grid * grid} patches")
-    return kept
