@@ -5,6 +5,7 @@ Nothing here imports jax, so that `--help` and data workers stay light.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
@@ -152,28 +153,30 @@ def load_config(path: str | Path) -> RunConfig:
     if not path.is_file():
         raise UserError(f"config: no such file: {path}")
     try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config: {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    return config_from_dict(raw or {}, where=str(path))
+    except OSError as error:
+        raise UserError(f"config: {path} cannot be read: {error.strerror}") from error
+    return config_from_dict({} if raw is None else raw, where=str(path))
 
 
 def config_from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
     """The run described by plain dicts and lists. Raises UserError as `load_config` does."""
     if not isinstance(raw, dict):
         raise UserError(f"{where}: expected a mapping of fields, got {type(raw).__name__}")
-    hooks = {float: _to_float, tuple[str, ...]: _to_strings}
+    hooks = {float: _to_float, int: _to_int, tuple[str, ...]: _to_strings, tuple[StageConfig, ...]: _to_stages}
     try:
-        return dacite.from_dict(RunConfig, raw, dacite.Config(strict=True, cast=[tuple], type_hooks=hooks))
+        return dacite.from_dict(RunConfig, raw, dacite.Config(strict=True, type_hooks=hooks))
     except dacite.UnexpectedDataError as error:
-        unknown = sorted(error.keys)[0]
-        near = difflib.get_close_matches(unknown, _field_names(), n=1)
+        unknown = min(error.keys, key=str)
+        near = difflib.get_close_matches(str(unknown), _field_names(), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(f"{where}: unknown field {unknown!r}{hint}") from error
     except dacite.WrongTypeError as error:
         accepted = " or ".join(_accepted(error.field_type))
         raise UserError(f"{where}: {error.field_path}: got {error.value!r}; accepted: {accepted}") from error
-    except (dacite.DaciteError, ValueError) as error:
+    except dacite.DaciteError as error:
         raise UserError(f"{where}: {error}") from error
 
 
@@ -193,18 +196,38 @@ def _accepted(kind: Any) -> list[str]:
         return [repr(value) for value in get_args(kind)]
     if get_origin(kind) in (Union, UnionType):
         return [name for part in get_args(kind) for name in _accepted(part)]
+    if get_origin(kind) is tuple:
+        return ["a list of texts" if get_args(kind)[0] is str else "a list of mappings"]
+    if dataclasses.is_dataclass(kind):
+        return [f"a mapping of {kind.__name__}'s fields"]
     return ["nothing" if kind is type(None) else getattr(kind, "__name__", str(kind))]
 
 
 def _to_float(value: Any) -> float:
-    # YAML 1.1 reads 8e-6 as a string.
-    if isinstance(value, bool):
-        raise ValueError(f"expected a number, got {value!r}")
-    return float(value)
+    # YAML 1.1 reads 8e-6 as a string, and to Python true is a number.
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    raise dacite.WrongTypeError(float, value)
+
+
+def _to_int(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise dacite.WrongTypeError(int, value)
 
 
 def _to_strings(value: Any) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
+    values = [value] if isinstance(value, str) else value
+    if isinstance(values, list | tuple) and all(isinstance(entry, str) for entry in values):
+        return tuple(values)
+    raise dacite.WrongTypeError(tuple[str, ...], value)
+
+
+def _to_stages(value: Any) -> tuple[dict, ...]:
+    if isinstance(value, list | tuple) and all(isinstance(entry, dict) for entry in value):
+        return tuple(value)
+    raise dacite.WrongTypeError(tuple[StageConfig, ...], value)
 
 
 def _field_names() -> list[str]:
