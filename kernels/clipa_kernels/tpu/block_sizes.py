@@ -18,17 +18,18 @@ from clipa_kernels.tpu.tiling import (
     tile_of,
 )
 
-# (chip or "", longest length) -> (heads side by side in a block, head groups in a loop body, lags).
+# (chip or "", longest length) -> (heads side by side in a block, head groups in a loop body, lags, spread).
 # First row that fits; more groups in the body hide more latency and take longer to compile.
-SETTINGS: tuple[tuple[str, int, int, int, tuple[int, int]], ...] = (
-    ("", 128, 8, 14, (1, 4)),
-    ("", 1024, 4, 4, (1, 2)),
+SETTINGS: tuple[tuple[str, int, int, int, tuple[int, int], int], ...] = (
+    ("", 128, 8, 14, (1, 4), 0),
+    ("", 208, 12, 12, (1, 2), 1),
+    ("", 1024, 6, 6, (1, 2), 1),
 )
 
 MAX_REGISTERS = 1200  # of logits in one loop body; the size of the program and its compile time grow with them
 
 
-def _settings(chip: Chip, length: int) -> tuple[int, int, tuple[int, int]]:
+def _settings(chip: Chip, length: int) -> tuple[int, int, tuple[int, int], int]:
     return next(s[2:] for s in SETTINGS if s[0] in ("", chip.name) and length <= s[1])
 
 
@@ -38,7 +39,7 @@ def vmem_bytes(tiling: Tiling, itemsize: int, tensors: int) -> int:
     blocks = 2 * tensors * round_up(tiling.block_rows, 8) * lanes * itemsize
     width = max(tiling.columns(group).total for group in tiling.groups)
     logits = 2 * tiling.tile_rows * min(width, 2 * LANES) * (tiling.lags[0] + 1) * 4
-    products = 2 * tiling.tile_rows * width * (tiling.lags[1] - tiling.lags[0] + 1) * itemsize
+    products = 2 * tiling.tile_rows * width * (tiling.lags[1] + 2 * tiling.spread - tiling.lags[0] + 1) * itemsize
     bias = (tiling.offsets + tiling.unroll) * tiling.tile_rows * LANES * 4
     return blocks + logits + products + bias + 3 * tiling.tile_rows * lanes * 4
 
@@ -58,7 +59,7 @@ def choose_tiling(
     batch: int, length: int, num_heads: int, head_dim: int, itemsize: int, tensors: int, chip: Chip
 ) -> Tiling | None:
     """The tiling for `batch` sequences (a result of `padded_batch`), or None if not even one block fits in VMEM."""
-    heads_wanted, items, lags = _settings(chip, length)
+    heads_wanted, items, lags, spread = _settings(chip, length)
     smallest = _smallest_block(length)
     width = num_heads * head_dim
     best = None
@@ -76,7 +77,7 @@ def choose_tiling(
             unroll = max(1, min(tiles, round(items / len(groups))))
             if sum(_logits_registers(length, group) for group in groups) * unroll > MAX_REGISTERS:
                 unroll = 1
-            tiling = Tiling(length, together, rows, sequences, lanes, groups, unroll, lags, looped)
+            tiling = Tiling(length, together, rows, sequences, lanes, groups, unroll, lags, looped, spread)
             if rows > tiling.block_rows or vmem_bytes(tiling, itemsize, tensors) > chip.vmem_bytes:
                 continue
             wasted = round_up(tiles, unroll) * together / sequences

@@ -14,6 +14,8 @@ from clipa_kernels.tpu.compat import pl, pltpu
 from clipa_kernels.tpu.tiling import LANES, SUBLANES, HeadGroup, Tiling, round_up
 
 CHUNK = 2 * LANES  # columns of logits that are computed at a time
+FORWARD_STAGES = 3
+BACKWARD_STAGES = 5
 
 
 def tile_bias(tiling: Tiling, is_causal: bool) -> np.ndarray:
@@ -51,12 +53,12 @@ def _chunks(tiling: Tiling, group: HeadGroup) -> range:
 
 
 def _for_tiles(tiling: Tiling, work: Callable) -> None:
-    """Run `work(tile, slot)`, the three stages of a tile, for every tile and head group of the block, pipelined.
+    """Run `work(tile, slot)`, the stages of a tile, for every tile and head group of the block, pipelined.
 
     The compiler keeps roughly to the order of the program. So each stage of an item stands `lags` items after its
     first stage: the products of one item are under way while the vector unit does the softmax of another. What a
     stage leaves for the next one waits in VMEM, in as many places as items are under way. The first two stages take
-    a piece of the columns, the third a whole head group.
+    a piece of the columns, those that follow a whole head group.
     """
 
     def body(step, carry):
@@ -75,7 +77,7 @@ def _for_tiles(tiling: Tiling, work: Callable) -> None:
                     columns = slice(start, min(start + CHUNK, total))
                     number = slot * len(groups) + i
                     items.append((stages, _Item(len(items), group, number, columns, columns.stop == total)))
-        lags = (0, *tiling.lags)
+        lags = _lags(tiling, len(items[0][0]))
         for now in range(len(items) + lags[-1]):
             for stage, lag in enumerate(lags):
                 if 0 <= now - lag < len(items):
@@ -96,13 +98,20 @@ def _looped_group(tiling: Tiling, head: jax.Array) -> HeadGroup:
     return HeadGroup(start, group.width, ((lane - start, lane - start + group.heads[0][1]),))
 
 
-def _waiting(tiling: Tiling, dtype, arrays: int) -> list:
+def _lags(tiling: Tiling, stages: int) -> list[int]:
+    """How many items after its first stage each stage of an item runs."""
+    first, second = tiling.lags
+    return [0, first, *(second + tiling.spread * i for i in range(stages - 2))]
+
+
+def _waiting(tiling: Tiling, dtype, stages: int) -> list:
     """VMEM for what waits between the stages: float32 logits, then what `dtype` the products take."""
     width = max(tiling.columns(group).total for group in tiling.groups)
     pieces = min(len(_chunks(tiling, group)) for group in tiling.groups)
-    first, second = tiling.lags
+    arrays = 1 if stages == FORWARD_STAGES else 2
+    _, first, *_, last = _lags(tiling, stages)
     logits = (first + 1, tiling.tile_rows, min(width, CHUNK))
-    products = ((pieces - 1 + second - first) // pieces + 1, tiling.tile_rows, width)
+    products = ((pieces - 1 + last - first) // pieces + 1, tiling.tile_rows, width)
     return [pltpu.VMEM(logits, jnp.float32)] * arrays + [pltpu.VMEM(products, dtype)] * arrays
 
 
@@ -264,17 +273,25 @@ def _backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths:
             place = _products_place(probs_ref, item, item.columns)
             probs_ref[place], d_logits_ref[place] = probs.astype(probs_ref.dtype), d_logits.astype(probs_ref.dtype)
 
-        def combine(item):
-            group, columns = item.group, tiling.columns(item.group)
-            place = _products_place(probs_ref, item, slice(0, columns.total))
-            probs, d_logits = probs_ref[place], d_logits_ref[place]
-            query = tm.queries_stacked(window.load(query_ref, group), group.heads, columns)
-            d_out = tm.queries_stacked(window.load(d_out_ref, group), group.heads, columns)
-            d_value.add(group, tm.matmul(probs, d_out))
-            d_key.add(group, tm.matmul(d_logits, query))
-            d_query.add(group, tm.sum_over_keys(d_logits, window.load(key_ref, group), group.heads, columns))
+        def products(item):
+            return _products_place(probs_ref, item, slice(0, tiling.columns(item.group).total))
 
-        return score, differentiate, combine
+        def stacked(ref, item):
+            group = item.group
+            return tm.queries_stacked(window.load(ref, group), group.heads, tiling.columns(group))
+
+        def for_value(item):
+            d_value.add(item.group, tm.matmul(probs_ref[products(item)], stacked(d_out_ref, item)))
+
+        def for_key(item):
+            d_key.add(item.group, tm.matmul(d_logits_ref[products(item)], stacked(query_ref, item)))
+
+        def for_query(item):
+            group, key = item.group, window.load(key_ref, item.group)
+            d_logits = d_logits_ref[products(item)]
+            d_query.add(group, tm.sum_over_keys(d_logits, key, group.heads, tiling.columns(group)))
+
+        return score, differentiate, for_value, for_key, for_query
 
     _for_tiles(tiling, work)
 
@@ -294,7 +311,7 @@ def _call(
             grid=(rows // tiling.block_rows, width // tiling.block_lanes),
             in_specs=[block] * len(operands) + [whole],
             out_specs=[block] * results,
-            scratch_shapes=_waiting(tiling, dtype, 2 if results == 3 else 1)
+            scratch_shapes=_waiting(tiling, dtype, FORWARD_STAGES if results == 1 else BACKWARD_STAGES)
             + [pltpu.VMEM((tiling.unroll, *bias.shape[1:]), jnp.float32)] * len(prefetch),
         ),
         out_shape=[jax.ShapeDtypeStruct((rows, width), dtype)] * results,

@@ -61,6 +61,9 @@ def queries_stacked(x: jax.Array, heads: Heads, columns: Columns) -> jax.Array:
         add(only_lanes(x[: columns.own_rows], *head), columns.own)
     for head in heads if columns.shared else ():
         add(only_lanes(x[columns.own_rows :], *head), columns.shared)
+    unused = columns.total - sum(part.shape[0] for part in parts)
+    if unused:
+        parts.append(jnp.zeros((unused, x.shape[1]), x.dtype))
     return jnp.concatenate(parts, axis=0)
 
 
@@ -72,7 +75,8 @@ def query_rows(columns: Columns, heads: int, part: slice) -> jax.Array:
         tiles = own
     else:
         position = lane & (columns.shared - 1)
-        tiles = [*own, jnp.where(position < columns.shared_rows, position + columns.own_rows, 1 << 20)]
+        used = (position < columns.shared_rows) & (lane < heads * columns.shared)
+        tiles = [*own, jnp.where(used, position + columns.own_rows, 1 << 20)]
     return jnp.concatenate(tiles[part.start // LANES : part.stop // LANES], axis=1)
 
 
@@ -82,7 +86,8 @@ def sum_over_keys(weights: jax.Array, x: jax.Array, heads: Heads, columns: Colum
     total = matmul(jnp.concatenate(own, axis=0), heads_stacked(x, heads), transpose_a=True)
     if not columns.shared:
         return total
-    both = matmul(weights[:, len(heads) * columns.own :], x, transpose_a=True)
+    first = len(heads) * columns.own
+    both = matmul(weights[:, first : first + len(heads) * columns.shared], x, transpose_a=True)
     lane = lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
     rest = jnp.zeros((columns.shared_rows, x.shape[1]), jnp.float32)
     for h, (start, stop) in enumerate(heads):

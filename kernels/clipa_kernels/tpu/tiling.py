@@ -50,7 +50,8 @@ def columns_of(rows: int, heads: int) -> Columns:
     """The columns of a group of `heads` heads in a tile of `rows` rows."""
     rest = rows % LANES
     if rows > LANES and heads == 2 and 0 < rest <= LANES // 2:
-        return Columns(rows - rest, rows - rest, LANES // 2, rest, 2 * (rows - rest) + LANES)
+        shared = LANES // 2 if rest > LANES // 4 else LANES // 4
+        return Columns(rows - rest, rows - rest, shared, rest, 2 * (rows - rest) + LANES)
     own = round_up(rows, LANES)
     return Columns(own, rows, 0, 0, heads * own)
 
@@ -59,7 +60,8 @@ def columns_of(rows: int, heads: int) -> Columns:
 class Tiling:
     """Sizes of one kernel call; see the module's text for the words.
 
-    `unroll` tiles are worked on in one pass of the loop, and `lags` say how far the stages of the work stand apart.
+    `unroll` tiles are worked on in one pass of the loop. `lags` and `spread` say how far the stages of the work stand
+    apart: softmax and first product behind the logits, and the backward's three products behind each other.
     With `looped_heads` the loop goes over that many heads too, one group standing for all of them: code for long
     sequences is too large to repeat for each head.
     """
@@ -73,6 +75,7 @@ class Tiling:
     unroll: int = 1
     lags: tuple[int, int] = (1, 4)
     looped_heads: int = 0
+    spread: int = 0
 
     @property
     def block_rows(self) -> int:
