@@ -88,7 +88,7 @@ def make_train_step(config: ModelConfig, stage: StageConfig, seed: int) -> Calla
             "logit_scale": jnp.exp(state["params"]["log_logit_scale"]),
             "image_to_text": image_to_text,
             "text_to_image": text_to_image,
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(schedule(state["step"]), jnp.float32),
         }
         return {"params": params, "optimizer": optimizer_state, "step": state["step"] + 1}, metrics
