@@ -54,12 +54,12 @@ class Checkpoints:
         """Position of the newest whole checkpoint, or None.
 
         Raises:
-          UserError: it belongs to another model.
+          UserError: it belongs to another model, or is damaged.
         """
         step = self._manager.latest_step()
         if step is None:
             return None
-        about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        about = self._read(step, about=ocp.args.JsonRestore())
         if about["model"] != self._model:
             theirs, ours = about["model"], self._model
             names = [name for name in ours if theirs.get(name) != ours[name]]
@@ -68,10 +68,23 @@ class Checkpoints:
         return Position(**about["position"])
 
     def restore(self, position: Position, like: Any) -> Any:
-        """The state at `position`; `like` gives its structure, shapes and dtypes (arrays or ShapeDtypeStructs)."""
+        """The state at `position`; `like` gives its structure, shapes and dtypes (arrays or ShapeDtypeStructs).
+
+        Raises:
+          UserError: the checkpoint is damaged.
+        """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(position.step, args=args)["state"]
+        return self._read(position.step, state=ocp.args.StandardRestore(abstract))
+
+    def _read(self, step: int, **item: Any) -> Any:
+        (name,) = item
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"checkpoint: {self._folder / str(step)} is damaged ({name} cannot be read: {type(error).__name__});"
+                " delete this folder to go on from the checkpoint before it"
+            ) from error
 
     def wait(self) -> None:
         """Blocks until the last save is on disk."""
