@@ -57,11 +57,11 @@ def start_run(config: RunConfig, folder: Path, source: Source) -> Run:
         raise UserError(f"run_dir: {folder} is a file")
     if (folder / "config.yaml").is_file():
         run = open_run(folder)
-        asked = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=run.config.model.vocab_size))
+        vocab_size = config.model.vocab_size or run.config.model.vocab_size
+        asked = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
         if asked != run.config:
             raise UserError(f"run_dir: {folder} holds a run with another config; accepted: the same config, or a new folder")
         return run
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _make_tokenizer(config, source)
     vocab_size = config.model.vocab_size
     if vocab_size is None:
@@ -69,6 +69,11 @@ def start_run(config: RunConfig, folder: Path, source: Source) -> Run:
     elif vocab_size < tokenizer.vocab_size:
         raise UserError(f"model.vocab_size: {vocab_size} is less than the tokenizer's {tokenizer.vocab_size} entries")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+    # Nothing above writes, so a wrong input leaves no folder behind.
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run_dir: cannot make {folder}: {error.strerror}") from error
     tokenizer.save(folder / "tokenizer.json")
     # The config comes last and whole: a folder with one is a run that can go on.
     partial = folder / "config.yaml.partial"
