@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +20,7 @@ from clipa_fast.recipes import RECIPES
 
 EXIT_USER_ERROR = 2
 EXIT_NON_FINITE = 3
+EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,31 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `clipa-fast`. Exit codes: 0 done, 2 wrong input, 3 loss not finite, 128 + signal when stopped."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        arguments = _parse(argv)
-        _run(arguments)
+        with _errors_in_one_line():
+            arguments = _parse(argv)
+        _run(arguments, argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR) from error
+    except KeyboardInterrupt as stopped:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from stopped
+
+
+@contextlib.contextmanager
+def _errors_in_one_line():
+    """Turns the parser's box of several lines into a UserError of one."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            yield
+    except SystemExit as error:
+        if not error.code:
+            raise
+        # A title, the error over one or more lines, and below a rule hints that --help gives too.
+        lines = [line.strip("│╭╮╰╯ ") for line in box.getvalue().splitlines()[1:]]
+        rule = next((row for row, line in enumerate(lines) if not line.strip("─")), len(lines))
+        raise UserError(" ".join(lines[:rule])) from error
 
 
 def _parse(argv: list[str]):
@@ -117,14 +141,14 @@ def _flag(argv: list[str], name: str) -> str | None:
     return None
 
 
-def _stoppable(run: Callable[[], None]) -> None:
+def _stoppable(run: Callable[[], object], argv: list[str]) -> None:
     """Runs a training command; a run that was told to stop exits with 128 + the signal, a broken one with 3."""
     from clipa_fast.trainer import Interrupted, NonFiniteLoss
 
     try:
         run()
     except Interrupted as stopped:
-        print(f"{stopped}; a checkpoint is written. To go on: {shlex.join(['clipa-fast', *sys.argv[1:]])}", file=sys.stderr)
+        print(f"{stopped}; a checkpoint is written. To go on: {shlex.join(['clipa-fast', *argv])}", file=sys.stderr)
         raise SystemExit(128 + stopped.signal) from stopped
     except NonFiniteLoss as error:
         print(f"error: {error}", file=sys.stderr)
@@ -138,7 +162,7 @@ def find_recipe(name: str) -> RunConfig:
     return RECIPES[name]
 
 
-def _run(arguments: Train | Eval | Demo | Recipes) -> None:
+def _run(arguments: Train | Eval | Demo | Recipes, argv: list[str]) -> None:
     if isinstance(arguments, Recipes):
         from clipa_fast.recipe_table import print_recipes
 
@@ -149,10 +173,11 @@ def _run(arguments: Train | Eval | Demo | Recipes) -> None:
 
     keep_freed_memory()
     if isinstance(arguments, Train):
-        return _stoppable(lambda: commands.train_command(arguments.settings, arguments.run_dir))
+        return _stoppable(lambda: commands.train_command(arguments.settings, arguments.run_dir), argv)
     if isinstance(arguments, Demo):
-        return _stoppable(lambda: commands.demo_command(arguments.run_dir, arguments.seed, arguments.samples_scale))
-    return commands.eval_command(
+        run = partial(commands.demo_command, arguments.run_dir, arguments.seed, arguments.samples_scale)
+        return _stoppable(run, argv)
+    commands.eval_command(
         arguments.run_dir,
         arguments.data,
         class_names=arguments.class_names,
