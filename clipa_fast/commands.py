@@ -65,6 +65,10 @@ def eval_command(
     """
     if batch_size < 1:
         raise UserError(f"batch_size: got {batch_size}; accepted: 1 and more")
+    if class_filter is not None and class_names is None:
+        raise UserError(f"class_filter: needs class_names, got {class_filter!r} alone")
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"output: no such folder: {output.parent}")
     encoder = Encoder.from_run(folder, batch_size)
     source = open_source(data, "test_style")
     image_features = encoder.images(source)

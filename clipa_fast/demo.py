@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 from rich.console import Console
@@ -22,9 +23,9 @@ def demo_config(seed: int = 0, samples_scale: float = 1.0) -> RunConfig:
     """The demo's recipe with every stage's samples (and warm-up) scaled.
 
     Raises:
-      UserError: a scale that is not positive.
+      UserError: a scale that is no positive number.
     """
-    if not samples_scale > 0:
+    if not 0 < samples_scale < math.inf:
         raise UserError(f"samples_scale: got {samples_scale}; accepted: above 0")
     stages = tuple(
         dataclasses.replace(
