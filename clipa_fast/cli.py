@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import shlex
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -74,11 +75,46 @@ class Recipes:
     """Recipe to print."""
 
 
+@dataclass(frozen=True)
+class Profile:
+    """Compile one of the kernels for a TPU, on a machine without one, and estimate its time statically."""
+
+    function: Annotated[Literal["attention", "block", "contrastive", "self-check"], tyro.conf.Positional] = "attention"
+    """attention alone, block (with the projections around it), contrastive, or the profiler's self-check."""
+    chip: Literal["v5e", "v5p", "v6e", "tpu7x"] = "v5e"
+    """TPU generation."""
+    implementation: Literal["tpu", "xla", "jax", "none"] = "tpu"
+    """Ours on TPU, ours on XLA, jax.nn.dot_product_attention, or no attention at all."""
+    seq_len: int = 64
+    """Tokens of a sequence."""
+    num_heads: int = 12
+    """Heads."""
+    head_dim: int = 64
+    """Elements of a head."""
+    batch: int | None = None
+    """Sequences (None: about 32,768 tokens), or pairs of the contrastive loss (None: 32,768)."""
+    is_causal: bool = False
+    """Causal attention."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the operands."""
+    backward: bool = True
+    """With gradients."""
+    width: int = 512
+    """Feature width of the contrastive loss."""
+    devices: int = 1
+    """Devices that the contrastive loss is spread over."""
+    rows: int = 20
+    """Rows of the table."""
+    output: Path | None = None
+    """Write everything there as JSON too."""
+
+
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Recipes, tyro.conf.subcommand("recipes")]
+    | Annotated[Profile, tyro.conf.subcommand("profile")]
 )
 
 
@@ -162,12 +198,16 @@ def find_recipe(name: str) -> RunConfig:
     return RECIPES[name]
 
 
-def _run(arguments: Train | Eval | Demo | Recipes, argv: list[str]) -> None:
+def _run(arguments: Train | Eval | Demo | Recipes | Profile, argv: list[str]) -> None:
     if isinstance(arguments, Recipes):
         from clipa_fast.recipe_table import print_recipes
 
         return print(config_to_yaml(find_recipe(arguments.name)), end="") if arguments.name else print_recipes()
     # What follows needs jax.
+    if isinstance(arguments, Profile):
+        from clipa_fast.profiling.command import profile_command
+
+        return print(profile_command(**dataclasses.asdict(arguments)))
     from clipa_fast import commands
     from clipa_fast.cpu_memory import keep_freed_memory
 
