@@ -33,7 +33,8 @@ def _forward(problem: ContrastiveProblem, operands: ContrastiveOperands):
     statistics = (_ring_statistics if ring else _gathered_statistics)(problem, operands)
     if problem.kind == "softmax":
         own = _logits(operands, _similarity(operands.image, operands.text, "bd,bd->b"))
-        total = jnp.sum((statistics[0] - own) / 2 + (statistics[1] - own) / 2)
+        (row_top, row_total), (column_top, column_total) = statistics
+        total = jnp.sum(jnp.log(row_total) + (row_top - own) + jnp.log(column_total) + (column_top - own)) / 2
     else:
         total = jnp.sum(statistics[0])
     return _sum(problem, total) / _global_batch(problem), (operands, statistics)
@@ -71,36 +72,50 @@ def _logits(operands: ContrastiveOperands, similarity: jax.Array) -> jax.Array:
     return logits if operands.logit_bias is None else logits + operands.logit_bias.astype(similarity.dtype)
 
 
-def _weights(problem: ContrastiveProblem, logits: jax.Array, rows: jax.Array, columns: jax.Array, own: jax.Array):
+def _weights(problem: ContrastiveProblem, logits: jax.Array, rows: Any, columns: Any, own: Any) -> jax.Array:
     """B * d loss / d logits of a block; `own` is True where row and column are one pair."""
     if problem.kind == "sigmoid":
         return jax.nn.sigmoid(logits) - own
-    return (jnp.exp(logits - rows[:, None]) + jnp.exp(logits - columns)) / 2 - own
+    (row_top, row_total), (column_top, column_total) = rows, columns
+    rowwise = jnp.exp(logits - row_top[:, None]) / row_total[:, None]
+    return (rowwise + jnp.exp(logits - column_top) / column_total) / 2 - own
 
 
-def _statistics(problem: ContrastiveProblem, logits: jax.Array, own: Any) -> tuple[jax.Array, jax.Array]:
-    """Of a block's rows and columns. Softmax: log-sum-exp. Sigmoid: the rows' losses; columns have none."""
+def _statistics(problem: ContrastiveProblem, logits: jax.Array, own: Any) -> tuple[Any, Any]:
+    """Of a block's rows and columns. Sigmoid: the rows' losses, nothing of columns.
+
+    Softmax: for each the largest logit and the sum of exp(logit - largest). Their log-sum-exp would be one vector
+    instead of two, but its rounding costs the gradient precision at large scales.
+    """
     if problem.kind == "sigmoid":
-        rows = jax.nn.softplus(jnp.where(own, -logits, logits)).sum(1)
-        return rows, jnp.zeros_like(rows)
-    return jax.nn.logsumexp(logits, 1), jax.nn.logsumexp(logits, 0)
+        return jax.nn.softplus(jnp.where(own, -logits, logits)).sum(1), ()
+    row_top, column_top = logits.max(1), logits.max(0)
+    rows = row_top, jnp.exp(logits - row_top[:, None]).sum(1)
+    return rows, (column_top, jnp.exp(logits - column_top).sum(0))
+
+
+def _merge(problem: ContrastiveProblem, one: Any, other: Any) -> Any:
+    """Statistics of the same rows or columns over two blocks."""
+    if problem.kind == "sigmoid":
+        return jax.tree.map(jnp.add, one, other)
+    top = jnp.maximum(one[0], other[0])
+    return top, one[1] * jnp.exp(one[0] - top) + other[1] * jnp.exp(other[0] - top)
 
 
 # ---------------------------------------------------------------------------------------- all at once: [b, B] logits
 
 
-def _gathered_statistics(problem: ContrastiveProblem, operands: ContrastiveOperands) -> tuple[jax.Array, jax.Array]:
+def _gathered_statistics(problem: ContrastiveProblem, operands: ContrastiveOperands) -> tuple[Any, Any]:
     logits = _logits(operands, _similarity(operands.image, _gather(problem, operands.text)))
+    rows, columns = _statistics(problem, logits, _gathered_own(problem))
     if problem.kind == "sigmoid" or not problem.axis_names:
-        return _statistics(problem, logits, _gathered_own(problem))
-    top = lax.pmax(logits.max(0), problem.axis_names)
-    columns = top + jnp.log(lax.psum(jnp.exp(logits - top).sum(0), problem.axis_names))
-    return jax.nn.logsumexp(logits, 1), lax.dynamic_slice_in_dim(columns, _first_row(problem), problem.batch)
+        return rows, columns
+    top = lax.pmax(columns[0], problem.axis_names)
+    total = lax.psum(columns[1] * jnp.exp(columns[0] - top), problem.axis_names)
+    return rows, tuple(lax.dynamic_slice_in_dim(x, _first_row(problem), problem.batch) for x in (top, total))
 
 
-def _gathered_gradients(
-    problem: ContrastiveProblem, operands: ContrastiveOperands, rows: jax.Array, columns: jax.Array
-):
+def _gathered_gradients(problem: ContrastiveProblem, operands: ContrastiveOperands, rows: Any, columns: Any):
     image, text = operands.image, operands.text
     own = _gathered_own(problem)
     all_text = _gather(problem, text)
@@ -120,36 +135,34 @@ def _gathered_own(problem: ContrastiveProblem) -> jax.Array:
     return jnp.arange(problem.batch)[:, None] + _first_row(problem) == jnp.arange(_global_batch(problem))
 
 
-def _gather(problem: ContrastiveProblem, x: jax.Array) -> jax.Array:
-    return lax.all_gather(x, problem.axis_names, tiled=True) if problem.axis_names else x
+def _gather(problem: ContrastiveProblem, tree: Any) -> Any:
+    return lax.all_gather(tree, problem.axis_names, tiled=True) if problem.axis_names else tree
 
 
 # ------------------------------------------------------------------------------------- around a ring: [b, b] logits
 
 
-def _ring_statistics(problem: ContrastiveProblem, operands: ContrastiveOperands) -> tuple[jax.Array, jax.Array]:
-    """Texts travel, and the log-sum-exp of their columns with them."""
+def _ring_statistics(problem: ContrastiveProblem, operands: ContrastiveOperands) -> tuple[Any, Any]:
+    """Texts travel, and the statistics of their columns with them."""
 
-    def block(text: jax.Array, own: Any) -> tuple[jax.Array, jax.Array]:
+    def block(text: jax.Array, own: Any) -> tuple[Any, Any]:
         return _statistics(problem, _logits(operands, _similarity(operands.image, text)), own)
-
-    merge = jnp.add if problem.kind == "sigmoid" else jnp.logaddexp
 
     def step(carry, _):
         text, rows, columns = carry
         text, columns = _hop(problem, (text, columns))
         more_rows, more_columns = block(text, False)
-        return (text, merge(rows, more_rows), merge(columns, more_columns)), None
+        return (text, _merge(problem, rows, more_rows), _merge(problem, columns, more_columns)), None
 
     start = (operands.text, *block(operands.text, jnp.eye(problem.batch, dtype=bool)))
     (_, rows, columns), _ = lax.scan(step, start, length=_devices(problem) - 1)
     return rows, _hop(problem, columns)
 
 
-def _ring_gradients(problem: ContrastiveProblem, operands: ContrastiveOperands, rows: jax.Array, columns: jax.Array):
-    """Texts travel with the log-sum-exp of their columns and with the gradient they have gathered so far."""
+def _ring_gradients(problem: ContrastiveProblem, operands: ContrastiveOperands, rows: Any, columns: Any):
+    """Texts travel with the statistics of their columns and with the gradient they have gathered so far."""
 
-    def block(text: jax.Array, columns: jax.Array, own: Any):
+    def block(text: jax.Array, columns: Any, own: Any):
         weights = _weights(problem, _logits(operands, _similarity(operands.image, text)), rows, columns, own)
         small = weights.astype(problem.dtype)
         d_image, d_text = _similarity(small, text, "ij,jd->id"), _similarity(small, operands.image, "ij,id->jd")

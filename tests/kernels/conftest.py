@@ -20,6 +20,12 @@ def naive_attention():
     return _naive_attention
 
 
+@pytest.fixture(scope="session")
+def with_rounded_cotangent():
+    """with_rounded_cotangent(dtype, x): see `_with_rounded_cotangent`."""
+    return _with_rounded_cotangent
+
+
 def _assert_as_exact(ours, naive, exact, factor, what="", magnitude=None):
     """Error against float64 at most `factor` times that of a naive computation in the same dtype.
 
