@@ -10,6 +10,7 @@ traffic (11 tensors moved once) and matrix products (7, head_dim rounded up to 1
 """
 
 import argparse
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +54,8 @@ def bound_us(chip: str, rows: int, seq_len: int, num_heads: int, head_dim: int) 
 def row(chip: str, seq_len: int, num_heads: int, head_dim: int, with_xla: bool) -> str:
     rows = max(16, round(TOKENS / seq_len / 16) * 16) * seq_len
     width = num_heads * head_dim
-    sizes = {"num_heads": num_heads, "seq_len": seq_len}
-    ours = profile(lambda q, k, v: flat_attention(q, k, v, **sizes, implementation="tpu"), rows, width, chip)
+    attention = functools.partial(flat_attention, num_heads=num_heads, seq_len=seq_len)
+    ours = profile(lambda q, k, v: attention(q, k, v, implementation="tpu"), rows, width, chip)
     none = profile(lambda q, k, v: (q + k) * v, rows, width, chip)
     kernels = {op.name: op.time_us for op in ours.ops if op.kind == "pallas"}
     forward = sum(us for name, us in kernels.items() if "forward" in name)
@@ -73,7 +74,7 @@ def row(chip: str, seq_len: int, num_heads: int, head_dim: int, with_xla: bool) 
         f"{ratio:.2f}",
     ]
     if with_xla:
-        xla = profile(lambda q, k, v: flat_attention(q, k, v, **sizes, implementation="xla"), rows, width, chip)
+        xla = profile(lambda q, k, v: attention(q, k, v, implementation="xla"), rows, width, chip)
         cells.append(f"{(xla.time_us - none.time_us) / (ours.time_us - none.time_us):.1f}")
     return "| " + " | ".join(map(str, cells)) + " |"
 

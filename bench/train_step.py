@@ -33,11 +33,14 @@ class Side:
         script = Path(__file__).with_name(f"train_step_{name}.py")
         command = [python, str(script), str(image_size), str(text_length), str(batch)]
         environment = dict(os.environ, JAX_PLATFORMS="cpu", OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE="1")
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
     def steps(self, count: int) -> list[dict]:
         """Runs `count` steps and returns what each took: seconds, page_faults, loss."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.write(f"{count}\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
@@ -121,7 +124,12 @@ def main(argv: list[str]) -> None:
             ratio = results["ours"]["pairs_per_second"] / results["open_clip"]["pairs_per_second"]
             print(f"{shape:>7}     ratio: {ratio:.2f}x", flush=True)
         if arguments.json:
-            row = {"op": "train_step", "shape": shape, "batch": arguments.batch, "device": platform.processor() or "cpu"}
+            row = {
+                "op": "train_step",
+                "shape": shape,
+                "batch": arguments.batch,
+                "device": platform.processor() or "cpu",
+            }
             row |= {"threads": threads, "jax": version("jax"), "date": datetime.now(UTC).isoformat(timespec="seconds")}
             with arguments.json.open("a") as file:
                 file.write(json.dumps(row | {"results": results}) + "\n")

@@ -15,16 +15,16 @@ with contextlib.suppress(RuntimeError):
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-from open_clip import ClipLoss  # noqa: E402
-from open_clip.model import CLIP  # noqa: E402
+from open_clip import ClipLoss
+from open_clip.model import CLIP
 
 image_size, text_length, batch = map(int, sys.argv[1:])
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 torch.manual_seed(0)
-vision = dict(layers=12, width=384, head_width=64, patch_size=16, image_size=image_size)
-vision |= dict(no_ln_pre=True, pool_type="avg", final_ln_after_pool=True)
-text_tower = dict(context_length=text_length, vocab_size=32_000, width=384, heads=6, layers=12)
-text_tower |= dict(pool_type="last", no_causal_mask=True)
+vision = {"layers": 12, "width": 384, "head_width": 64, "patch_size": 16, "image_size": image_size}
+vision |= {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
+text_tower = {"context_length": text_length, "vocab_size": 32_000, "width": 384, "heads": 6, "layers": 12}
+text_tower |= {"pool_type": "last", "no_causal_mask": True}
 model = CLIP(384, vision, text_tower, output_dict=True)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.2)
 loss_fn = ClipLoss()

@@ -1,4 +1,4 @@
-"""The command line: parses, calls one function, turns errors into one line and an exit code. Imports no jax to parse."""
+"""The command line: parses, calls one function, turns errors into one line and an exit code. Parses without jax."""
 
 from __future__ import annotations
 

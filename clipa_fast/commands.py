@@ -54,7 +54,8 @@ def eval_command(
     Args:
       folder: the run.
       data: shards, or `glyphs` for its unseen styles.
-      class_names: JSON with "classes" and "templates"; a class's number is its "label", its text "prompt_name" or "name".
+      class_names: JSON with "classes" and "templates"; a class has a number, "label", and a text, "prompt_name" or
+        "name".
       class_filter: FIELD=VALUE, keeps the classes whose entry says so.
       batch_size: rows encoded at once.
       output: writes the returned figures there as JSON.
@@ -87,7 +88,9 @@ def eval_command(
     return figures
 
 
-def demo_command(folder: Path, seed: int = 0, samples_scale: float = 1.0, console: Console | None = None) -> dict[str, Any]:
+def demo_command(
+    folder: Path, seed: int = 0, samples_scale: float = 1.0, console: Console | None = None
+) -> dict[str, Any]:
     """Trains on glyphs, reads the unseen styles, writes the report; returns the accuracy by style.
 
     Raises:

@@ -36,11 +36,13 @@ class ModelConfig:
     preset: str = "B/16"
     """Size and patch, such as S/16, B/16, L/14, H/14 or bigG/14 (`clipa-fast recipes` lists the sizes)."""
     convention: Literal["clipa", "open_clip"] = "clipa"
-    """clipa: tanh GELU, LayerNorm eps 1e-6, fixed sin-cos image positions. open_clip: exact GELU, eps 1e-5, stored table."""
+    """clipa: tanh GELU, LayerNorm eps 1e-6, fixed sin-cos image positions. open_clip: exact GELU, eps 1e-5, stored
+    table."""
     image_pool: Literal["gap", "tok"] = "gap"
     """gap: mean over patches, then LayerNorm. tok: LayerNorm, then the class token."""
     vocab_size: int | None = None
-    """Rows of the token table. None: 32,000 as in the papers, or the size of a vocabulary trained on the run's captions."""
+    """Rows of the token table. None: 32,000 as in the papers, or the size of a vocabulary trained on the run's
+    captions."""
     vision: TowerSize | None = None
     """Replaces the preset's image tower."""
     text: TowerSize | None = None

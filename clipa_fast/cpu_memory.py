@@ -1,8 +1,8 @@
 """Keeps freed memory in the process, so that a CPU train step does not fault its buffers in anew each time.
 
 XLA's CPU backend allocates a step's temporaries afresh and frees them after it. glibc maps such large blocks from the
-kernel and hands them back, which costs a page fault per 4 KiB: hundreds of thousands a step, a quarter of the time of an
-S/16 step. Told to use one heap and never to trim it, glibc gives the next step the same warm pages.
+kernel and hands them back, which costs a page fault per 4 KiB: hundreds of thousands a step, a quarter of the time of
+an S/16 step. Told to use one heap and never to trim it, glibc gives the next step the same warm pages.
 """
 
 from __future__ import annotations

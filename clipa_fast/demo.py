@@ -29,7 +29,9 @@ def demo_config(seed: int = 0, samples_scale: float = 1.0) -> RunConfig:
         raise UserError(f"samples_scale: got {samples_scale}; accepted: above 0")
     stages = tuple(
         dataclasses.replace(
-            stage, samples=int(stage.samples * samples_scale), warmup_steps=int(stage.warmup_steps * min(samples_scale, 1))
+            stage,
+            samples=int(stage.samples * samples_scale),
+            warmup_steps=int(stage.warmup_steps * min(samples_scale, 1)),
         )
         for stage in DEMO.stages
     )
@@ -50,7 +52,7 @@ def evaluate_demo(encoder: Encoder, console: Console | None = None) -> tuple[lis
     names = [source.captions(index)[0] for index in range(len(source))]
     # The same name in two styles is encoded once per style; 3,000 short texts cost a second.
     text_features = encoder.texts(names)
-    alike, strict, gallery = [], [], None
+    alike, strict = [], []
     for style in HELD_OUT_STYLES:
         own = np.flatnonzero(source.styles == source.style_names.index(style))
         images, texts = image_features[own], text_features[own]
@@ -61,13 +63,13 @@ def evaluate_demo(encoder: Encoder, console: Console | None = None) -> tuple[lis
             rows.append(AccuracyRow.from_ranking(style, "name to picture", counting, result.text_to_image))
             table = [("picture to name", result.image_to_text), ("name to picture", result.text_to_image)]
             print_rankings(f"{style} (never trained on), {counting}", table, console)
-        if gallery is None:
-            gallery = retrieval_gallery(
-                images,
-                texts,
-                [names[index] for index in own],
-                lambda index, own=own: source.images[own[index]],
-                equivalent=groups,
-                description=f"glyphs of {style}, a style never trained on",
-            )
+    shown = np.flatnonzero(source.styles == source.style_names.index(HELD_OUT_STYLES[0]))
+    gallery = retrieval_gallery(
+        image_features[shown],
+        text_features[shown],
+        [names[index] for index in shown],
+        lambda index: source.images[shown[index]],
+        equivalent=source.groups[shown],
+        description=f"glyphs of {HELD_OUT_STYLES[0]}, a style never trained on",
+    )
     return [*alike, *strict], gallery

@@ -35,9 +35,8 @@ class StageProgress:
     def update(self, stage_step: int, row: dict[str, Any] | None = None) -> None:
         """Call after every step; `row` is a fresh metrics row where there is one."""
         if row is not None:
-            self._text = (
-                f"loss {row['loss']:.3f}  {row['pairs_per_second']:,.0f} pairs/s  {row['tokens_per_second']:,.0f} tokens/s"
-            )
+            rates = f"{row['pairs_per_second']:,.0f} pairs/s  {row['tokens_per_second']:,.0f} tokens/s"
+            self._text = f"loss {row['loss']:.3f}  {rates}"
             seconds = (self._steps - stage_step) / max(row["steps_per_second"], 1e-9)
             self._eta = f"{int(seconds // 60)}:{int(seconds % 60):02d} left"
         if self._bar is not None:

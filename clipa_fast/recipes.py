@@ -15,7 +15,9 @@ _T5X = OptimizerConfig(first_moment_dtype="bfloat16", decay="all_but_norms")
 _NO_DATA = DataConfig(train=())
 
 
-def _v2_pretrain(size: int, optimizer: OptimizerConfig, warmup: int, rate: float = 8e-6, jitter: bool = True) -> StageConfig:
+def _v2_pretrain(
+    size: int, optimizer: OptimizerConfig, warmup: int, rate: float = 8e-6, jitter: bool = True
+) -> StageConfig:
     return StageConfig(
         name=f"pretrain-{size}",
         image_size=size,
@@ -30,7 +32,9 @@ def _v2_pretrain(size: int, optimizer: OptimizerConfig, warmup: int, rate: float
     )
 
 
-def _v2_finetune_224(optimizer: OptimizerConfig, batch: int = 32_768, warmup: int = 800, mask: float = 0.3) -> StageConfig:
+def _v2_finetune_224(
+    optimizer: OptimizerConfig, batch: int = 32_768, warmup: int = 800, mask: float = 0.3
+) -> StageConfig:
     return StageConfig(
         name="finetune-224",
         image_size=224,

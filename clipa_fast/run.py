@@ -1,6 +1,6 @@
 """A run's folder: its config, tokenizer, checkpoints, metrics and report, and how a run starts or goes on there.
 
-    RUN/config.yaml  RUN/tokenizer.json  RUN/checkpoints/  RUN/metrics.jsonl  RUN/tensorboard/  RUN/report.html
+RUN/config.yaml  RUN/tokenizer.json  RUN/checkpoints/  RUN/metrics.jsonl  RUN/tensorboard/  RUN/report.html
 """
 
 from __future__ import annotations
@@ -60,12 +60,16 @@ def start_run(config: RunConfig, folder: Path, source: Source) -> Run:
         vocab_size = config.model.vocab_size or run.config.model.vocab_size
         asked = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
         if asked != run.config:
-            raise UserError(f"run_dir: {folder} holds a run with another config; accepted: the same config, or a new folder")
+            raise UserError(
+                f"run_dir: {folder} holds a run with another config; accepted: the same config, or a new folder"
+            )
         return run
     tokenizer = _make_tokenizer(config, source)
     vocab_size = config.model.vocab_size
     if vocab_size is None:
-        vocab_size = tokenizer.vocab_size if config.data.tokenizer is None else max(PAPER_VOCAB_SIZE, tokenizer.vocab_size)
+        vocab_size = (
+            tokenizer.vocab_size if config.data.tokenizer is None else max(PAPER_VOCAB_SIZE, tokenizer.vocab_size)
+        )
     elif vocab_size < tokenizer.vocab_size:
         raise UserError(f"model.vocab_size: {vocab_size} is less than the tokenizer's {tokenizer.vocab_size} entries")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))

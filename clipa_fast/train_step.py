@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def make_train_step(config: ModelConfig, stage: StageConfig, seed: int) -> Calla
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         (loss, features), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, image, text, key)
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], params)
-        params = optax.apply_updates(params, updates)
+        params = cast(Params, optax.apply_updates(params, updates))
         if max_log_scale is not None:
             params = dict(params, log_logit_scale=jnp.clip(params["log_logit_scale"], 0.0, max_log_scale))
         image_to_text, text_to_image = batch_accuracy(*features)

@@ -73,7 +73,9 @@ def train(
             first, position = config.stages[0], Position(0, 0, 0, 0.0)
             state = init_state(init_params(config.model, first.image_size, first.text_length, config.seed), first)
         while True:
-            state, position = _run_stage(config, state, position, source, tokenizer, checkpoints, metrics, stop, console)
+            state, position = _run_stage(
+                config, state, position, source, tokenizer, checkpoints, metrics, stop, console
+            )
             if position.stage + 1 == len(config.stages):
                 return state["params"]
             position = Position(position.stage + 1, 0, position.step, position.seconds)
@@ -130,7 +132,9 @@ def check_run(config: RunConfig, num_samples: int) -> None:
             raise UserError(f"{where}.text_length: must be at least 2, got {stage.text_length}")
         if not 0 <= stage.warmup_steps <= num_steps(stage):
             steps = num_steps(stage)
-            raise UserError(f"{where}.warmup_steps: must be in [0, {steps}] (the stage's steps), got {stage.warmup_steps}")
+            raise UserError(
+                f"{where}.warmup_steps: must be in [0, {steps}] (the stage's steps), got {stage.warmup_steps}"
+            )
         if not 0.0 < stage.min_crop_area <= 1.0:
             raise UserError(f"{where}.min_crop_area: must be in (0, 1], got {stage.min_crop_area}")
         if not stage.base_learning_rate > 0.0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -234,7 +234,7 @@ class Loader:
         """Batches that an iteration delivers."""
         return len(self._steps)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch]:
         for batch, replaced in _in_order(self._make, self._steps, self._workers):
             for reason, count in replaced.items():
                 self.replaced[reason] = self.replaced.get(reason, 0) + count

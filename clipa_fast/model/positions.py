@@ -25,7 +25,7 @@ def sincos_2d(grid: int, width: int, flavor: Literal["clipa", "mae"] = "clipa") 
 
 
 def resize_grid_table(table: jax.Array, grid: int) -> jax.Array:
-    """A stored image table [1 + g * g, width] for another grid: bicubic, antialiased, class row kept (as open_clip does)."""
+    """A stored image table [1 + g * g, width] for another grid: bicubic, antialiased, class row kept, as open_clip."""
     old = round((table.shape[0] - 1) ** 0.5)
     if old == grid:
         return table

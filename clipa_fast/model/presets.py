@@ -1,7 +1,7 @@
 """Tower sizes of the papers, as plain data. Imports no jax.
 
-Sources: CLIPA's JAX code (Ti to L, H), its t5x branch (g and bigG text towers) and the released H/14 weights, whose text
-MLP is 4096 wide. Text towers of Ti and M were never published: Ti follows S (text as wide as vision), M takes B's.
+Sources: CLIPA's JAX code (Ti to L, H), its t5x branch (g and bigG text towers) and the released H/14 weights, whose
+text MLP is 4096 wide. Text towers of Ti and M were never published: Ti follows S (text as wide as vision), M takes B's.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def towers(config: ModelConfig) -> Towers:
     letter, _, patch = config.preset.partition("/")
     if letter not in VISION or not patch.isdigit() or int(patch) < 1:
         raise UserError(
-            f"model.preset: unknown preset {config.preset!r}; accepted: one of {', '.join(VISION)}, a slash and the patch"
-            " size in pixels, such as B/16 or H/14"
+            f"model.preset: unknown preset {config.preset!r}; accepted: one of {', '.join(VISION)}, a slash and the"
+            " patch size in pixels, such as B/16 or H/14"
         )
     vision = config.vision or VISION[letter]
     text = config.text or TEXT[letter]

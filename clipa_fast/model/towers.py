@@ -97,7 +97,9 @@ class TextTower(nnx.Module):
         vocab_size = PAPER_VOCAB_SIZE if config.vocab_size is None else config.vocab_size
         init_depth = _CLIPA_INIT_DEPTH if config.convention == "clipa" else size.depth
         self.dtype = dtype
-        self.token_table = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (vocab_size, size.width), jnp.float32))
+        self.token_table = nnx.Param(
+            nnx.initializers.normal(0.02)(rngs.params(), (vocab_size, size.width), jnp.float32)
+        )
         self.position_table = nnx.Param(nnx.initializers.normal(0.01)(rngs.params(), (length, size.width), jnp.float32))
         self.transformer = Transformer(
             size,
@@ -109,7 +111,9 @@ class TextTower(nnx.Module):
             rngs=rngs,
         )
         self.norm = layer_norm(size.width, convention.norm_eps, dtype, rngs)
-        self.head = linear(size.width, sizes.embed_dim, nnx.initializers.normal(size.width**-0.5), dtype, rngs, bias=False)
+        self.head = linear(
+            size.width, sizes.embed_dim, nnx.initializers.normal(size.width**-0.5), dtype, rngs, bias=False
+        )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """tokens: int32 [B, L] of the trained length. Returns [B, embed_dim], not normalised."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +54,9 @@ def layer_norm(width: int, eps: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.
     return nnx.LayerNorm(width, epsilon=eps, dtype=dtype, param_dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
 
 
-def linear(features_in: int, features_out: int, init: nnx.Initializer, dtype: jnp.dtype, rngs: nnx.Rngs, bias: bool = True):
+def linear(
+    features_in: int, features_out: int, init: nnx.Initializer, dtype: jnp.dtype, rngs: nnx.Rngs, bias: bool = True
+):
     """Dense layer with float32 parameters and zero bias."""
     return nnx.Linear(
         features_in,
@@ -141,5 +142,5 @@ class Transformer(nnx.Module):
         def step(x: jax.Array, block_params) -> tuple[jax.Array, None]:
             return nnx.merge(graphdef, block_params)(x, seq_len), None
 
-        step = jax.checkpoint(step) if self.remat else step
-        return partial(jax.lax.scan, step, unroll=self.unroll)(x, params)[0]
+        run = jax.checkpoint(step) if self.remat else step
+        return jax.lax.scan(run, x, params, unroll=self.unroll)[0]

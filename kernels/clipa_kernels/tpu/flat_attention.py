@@ -46,6 +46,7 @@ def _run(kernel: Callable, config: FlatAttention, operands: tuple, results: int,
     batch = padded_batch(rows // config.seq_len, config.seq_len)
     sizes = operands[0].dtype.itemsize, len(operands) + results, config.chip
     lanes = lanes_per_head(batch, config.seq_len, config.num_heads, head_dim, *sizes)
+    assert lanes is not None, "supports() lets through only what fits"
     tiling = choose_tiling(batch, config.seq_len, config.num_heads, lanes, *sizes)
     if lengths is not None:
         lengths = jnp.pad(lengths, (0, batch - lengths.shape[0]))
