@@ -1,10 +1,9 @@
 """`python -m bench NAME ...` runs one measurement."""
 
+import importlib
 import sys
 
-from bench import train_step
-
-MEASUREMENTS = {"train_step": train_step.main}
+MEASUREMENTS = ("attention_static", "train_step")
 
 
 def main() -> None:
@@ -12,7 +11,7 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in MEASUREMENTS:
         sys.exit(f"usage: python -m bench NAME ...; accepted names: {', '.join(MEASUREMENTS)}")
-    MEASUREMENTS[name](sys.argv[2:])
+    importlib.import_module(f"bench.{name}").main(sys.argv[2:])
 
 
 main()

@@ -1,6 +1,6 @@
 """Attention on TPU by static estimate: ours, XLA and the bound, in a real block program. Nothing runs on a TPU.
 
-    python -m bench.attention_static --chips v5e v6e --lengths 50 65 197 --num-heads 12 --head-dim 64
+    python -m bench attention_static --chips v5e v6e --lengths 50 65 197 --num-heads 12 --head-dim 64
 
 The program is x -> query, key, value projections -> flat_attention -> output projection, differentiated, for about
 32,768 tokens. An implementation's time is that of its attention operations, and of all copies and transposes that the
@@ -79,14 +79,19 @@ def row(chip: str, seq_len: int, num_heads: int, head_dim: int, with_xla: bool) 
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> None:
+    """Prints one row per chip and length."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench attention_static",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--chips", nargs="+", default=["v5e", "v6e"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[17, 37, 50, 65, 77, 101, 197, 257, 577])
     parser.add_argument("--num-heads", type=int, default=12)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--xla", action="store_true", help="also how many times longer attention takes with XLA")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     print("static estimates, microseconds, forward + backward")
     print(
         "| chip | S | H | bound | forward | backward | copies | over the bound |"
@@ -96,7 +101,3 @@ def main() -> None:
     for chip in args.chips:
         for seq_len in args.lengths:
             print(row(chip, seq_len, args.num_heads, args.head_dim, args.xla), flush=True)
-
-
-if __name__ == "__main__":
-    main()

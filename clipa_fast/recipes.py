@@ -102,10 +102,10 @@ _DEMO_OPTIMIZER = OptimizerConfig(beta2=0.98, weight_decay=0.1)
 DEMO = RunConfig(
     model=ModelConfig(
         preset="Ti/8",
-        vision=TowerSize(width=192, depth=3, mlp_dim=768, num_heads=3),
+        vision=TowerSize(width=128, depth=2, mlp_dim=512, num_heads=2),
         text=TowerSize(width=128, depth=2, mlp_dim=512, num_heads=2),
         embed_dim=128,
-        scan_unroll=3,
+        scan_unroll=2,
     ),
     data=DataConfig(train=("glyphs",), trained_vocab_size=4096),
     stages=(
@@ -115,7 +115,7 @@ DEMO = RunConfig(
             text_length=8,
             samples=128_000,
             batch_size=128,
-            base_learning_rate=2e-3,
+            base_learning_rate=3e-3,
             warmup_steps=50,
             text_reduction="syntax",
             min_crop_area=1.0,
@@ -125,9 +125,9 @@ DEMO = RunConfig(
             name="finetune",
             image_size=64,
             text_length=16,
-            samples=64_000,
+            samples=192_000,
             batch_size=128,
-            base_learning_rate=2e-3,
+            base_learning_rate=3e-3,
             warmup_steps=20,
             mask_ratio=0.3,
             min_crop_area=1.0,

@@ -1,6 +1,6 @@
 """How large the pieces of the attention kernels are: a choice among what fits, and a small table of measured settings.
 
-The settings are those that `python -m bench.attention_static` found fastest, on v5e and v6e, among the few tried.
+The settings are those that `python -m bench attention_static` found fastest, on v5e and v6e, among the few tried.
 """
 
 from clipa_kernels.tpu.chips import Chip
