@@ -22,6 +22,9 @@ Params = dict[str, Any]
 State = dict[str, Any]
 """{"params": nested dicts, "optimizer": optax state, "step": int32 scalar within the stage}."""
 
+# Whole AVX-512 registers where the CPU has them; XLA's own choice is half of one.
+_CPU_OPTIONS = {"xla_cpu_prefer_vector_width": 512}
+
 
 def graph(config: ModelConfig, image_size: int, text_length: int) -> nnx.GraphDef:
     """The model's structure for one resolution and text length, without parameters."""
@@ -109,4 +112,5 @@ def compile_train_step(config: ModelConfig, stage: StageConfig, seed: int, state
     image = jax.ShapeDtypeStruct((stage.batch_size, stage.image_size, stage.image_size, 3), jnp.uint8)
     text = jax.ShapeDtypeStruct((stage.batch_size, stage.text_length), jnp.int32)
     step = jax.jit(make_train_step(config, stage, seed), donate_argnums=0)
-    return step.lower(state, image, text).compile()
+    options = _CPU_OPTIONS if jax.default_backend() == "cpu" else None
+    return step.lower(state, image, text).compile(compiler_options=options)

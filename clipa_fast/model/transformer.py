@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +58,13 @@ def layer_norm(width: int, eps: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.
 
 
 def linear(
-    features_in: int, features_out: int, init: nnx.Initializer, dtype: jnp.dtype, rngs: nnx.Rngs, bias: bool = True
+    features_in: int,
+    features_out: int,
+    init: nnx.Initializer,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+    bias: bool = True,
+    dot_general: Callable[..., jax.Array] = jax.lax.dot_general,
 ):
     """Dense layer with float32 parameters and zero bias."""
     return nnx.Linear(
@@ -66,8 +75,29 @@ def linear(
         bias_init=_ZEROS,
         dtype=dtype,
         param_dtype=jnp.float32,
+        dot_general=dot_general,
         rngs=rngs,
     )
+
+
+@jax.custom_vjp
+def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return x @ kernel
+
+
+def _matmul_backward(operands: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = operands
+    # A CPU's fast product wants rows; left alone, XLA folds the transposition into a slower one.
+    rows = jax.lax.platform_dependent(x.T, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+    return gradient @ kernel.T, rows @ gradient
+
+
+_matmul.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _matmul_backward)
+
+
+def narrowing_dot_general(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    """x @ kernel for a linear layer with more inputs than outputs: its kernel's gradient is quicker on a CPU."""
+    return _matmul(x, kernel)
 
 
 class Attention(nnx.Module):
@@ -92,10 +122,17 @@ class Mlp(nnx.Module):
     def __init__(self, size: TowerSize, init: BlockInit, gelu_tanh: bool, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         self.gelu_tanh = gelu_tanh
         self.fc = linear(size.width, size.mlp_dim, init.mlp_in, dtype, rngs)
-        self.proj = linear(size.mlp_dim, size.width, init.mlp_out, dtype, rngs)
+        self.proj = linear(size.mlp_dim, size.width, init.mlp_out, dtype, rngs, dot_general=narrowing_dot_general)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.proj(jax.nn.gelu(self.fc(x), approximate=self.gelu_tanh))
+        hidden = self.fc(x)
+        return self.proj(jax.nn.gelu(hidden) if self.gelu_tanh else gelu_erf(hidden))
+
+
+def gelu_erf(x: jax.Array) -> jax.Array:
+    """Exact GELU as PyTorch computes it. jax's goes through erfc, which takes a CPU twice as long."""
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 class Block(nnx.Module):
@@ -140,6 +177,9 @@ class Transformer(nnx.Module):
         graphdef, params = nnx.split(self.blocks)
 
         def step(x: jax.Array, block_params) -> tuple[jax.Array, None]:
+            if self.unroll > 1:
+                # Else XLA fuses the sums of all blocks before into each block, and computes them again there.
+                x = jax.lax.optimization_barrier(x)
             return nnx.merge(graphdef, block_params)(x, seq_len), None
 
         run = jax.checkpoint(step) if self.remat else step
