@@ -6,8 +6,11 @@ A public function describes its call as a *problem* (a dataclass without values)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -81,6 +84,46 @@ def not_built_run(problem: Any, operands: Any) -> Any:
     raise NotImplementedError("not built yet")
 
 
+_defaults: ContextVar[Mapping[str, str]] = ContextVar("default_implementation", default=MappingProxyType({}))
+
+
+@contextlib.contextmanager
+def default_implementation(**names: str | None) -> Iterator[None]:
+    """Inside, calls that name no implementation take the one given here, as strictly as if they had named it.
+
+    For models that call the functions without a choice: `with default_implementation(flat_attention="xla"): ...`.
+    Like everything that is decided while tracing, it does not reach what `jax.jit` traced before, and what was
+    traced inside keeps it afterwards. Contexts nest, an inner one for another function adds to the outer.
+
+    Args:
+      **names: name of a public function -> "xla", "tpu" or "gpu"; None for the best that can serve the call.
+
+    Raises:
+      ValueError: there is no such function. (An unknown implementation is refused by the call it is used for.)
+    """
+    functions = ("dot_product_attention", "flat_attention", "contrastive_loss", "sigmoid_loss")
+    for name in names:
+        if name not in functions:
+            raise ValueError(f"default_implementation: function must be one of {', '.join(functions)}; got {name!r}")
+    token = _defaults.set({**_defaults.get(), **names})
+    try:
+        yield
+    finally:
+        _defaults.reset(token)
+
+
+def target_platform() -> tuple[str, str]:
+    """The platform that is traced for, "tpu", "gpu" or "cpu", and what says so.
+
+    Under a mesh (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`, `jax.shard_map`) it is that of the mesh's devices,
+    so that a program compiled for a TPU on a machine without one takes what it would take there; else jax's default.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.platform, "the mesh's devices are"
+    return jax.default_backend(), "jax's default backend is"
+
+
 def find(implementations: Sequence[Implementation], name: Any) -> Implementation:
     """The implementation called `name`; ValueError lists the names there are."""
     for candidate in implementations:
@@ -95,13 +138,15 @@ def choose(
 ) -> tuple[Implementation, Explanation]:
     """The implementation to run and the explanation.
 
-    Without a request: the first that is made for the default backend's platform and supports the problem. A request
-    is taken whatever the default backend is, so that a program can be lowered for a TPU on a machine without one.
+    Without a request: the first that is made for the target platform and supports the problem. A request is taken
+    whatever the platform is.
 
     Raises:
       ValueError: `requested` is no known name.
       NotImplementedError: the requested implementation cannot serve the call.
     """
+    if requested is None:
+        requested = _defaults.get().get(function)
     if requested is not None:
         chosen = find(implementations, requested)
         support = chosen.supports(problem)
@@ -113,15 +158,15 @@ def choose(
             c.name: None if c is chosen else f"implementation={requested!r} was asked for" for c in implementations
         }
         return chosen, Explanation(function, chosen.name, reasons)
-    backend = jax.default_backend()
+    platform, said_by = target_platform()
     chosen, reasons = None, {}
     for candidate in implementations:
         if chosen is not None:
             reasons[candidate.name] = f"{chosen.name} is preferred"
             continue
         support = candidate.supports(problem)
-        if support and candidate.platform not in (None, backend):
-            support = unsupported(f"made for {candidate.platform}, and jax's default backend is {backend}")
+        if support and candidate.platform not in (None, platform):
+            support = unsupported(f"made for {candidate.platform}, and {said_by} {platform}")
         reasons[candidate.name] = support.reason
         if support:
             chosen = candidate

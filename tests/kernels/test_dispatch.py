@@ -1,10 +1,20 @@
 """Which implementation a call takes, and what is said about it."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clipa_kernels import contrastive_loss, dispatch, dot_product_attention, explain, flat_attention, supports
+from clipa_kernels import (
+    contrastive_loss,
+    default_implementation,
+    dispatch,
+    dot_product_attention,
+    explain,
+    flat_attention,
+    supports,
+)
 from clipa_kernels.dispatch import SUPPORTED, Implementation, choose, unsupported
 
 X = jax.ShapeDtypeStruct((2, 5, 4, 8), jnp.bfloat16)
@@ -86,3 +96,44 @@ def test_explicit_choice_does_not_ask_for_the_backend():
     assert choose("f", CHOICES, 2, "tpu")[0].name == "tpu"
     with pytest.raises(NotImplementedError, match="f: implementation='tpu' cannot serve this call: too long"):
         choose("f", CHOICES, 3, "tpu")
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_default_choice_follows_the_mesh_that_is_traced_for(platform):
+    """Compiled for a TPU elsewhere, a program that names nothing takes what it would take there."""
+    device = jax.sharding.AbstractDevice(device_kind="any", num_cores=1, platform=platform)
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        chosen, explanation = choose("f", CHOICES, 2, None)
+    assert chosen.name == ("tpu" if platform == "tpu" else "any")
+    if platform == "gpu":
+        assert explanation.reasons["tpu"] == "made for tpu, and the mesh's devices are gpu"
+    assert choose("f", CHOICES, 2, None)[0].name == "any"
+
+
+def test_default_implementation_is_taken_where_none_is_named():
+    def chosen(function="f", requested=None, size=2):
+        return choose(function, CHOICES, size, requested)[0].name
+
+    with default_implementation(flat_attention="tpu"):
+        assert chosen("flat_attention") == "tpu"
+        assert chosen("flat_attention", "spare") == "spare"
+        assert chosen("dot_product_attention") == "any"
+        with pytest.raises(NotImplementedError, match="flat_attention: implementation='tpu' cannot serve"):
+            chosen("flat_attention", size=3)
+        with default_implementation(dot_product_attention="spare"):
+            assert (chosen("dot_product_attention"), chosen("flat_attention")) == ("spare", "tpu")
+        with default_implementation(flat_attention=None):
+            assert chosen("flat_attention") == "any"
+        with contextlib.suppress(KeyError), default_implementation(flat_attention="spare"):
+            raise KeyError
+        assert chosen("flat_attention") == "tpu"
+    assert chosen("flat_attention") == "any"
+    with default_implementation(flat_attention="xla"):
+        assert explain(flat_attention, R, R, R, num_heads=4, seq_len=5).reasons["gpu"].endswith("was asked for")
+
+
+def test_default_implementation_refuses_what_is_no_function():
+    with pytest.raises(ValueError, match=r"function must be one of .*; got 'attention'"):  # noqa: SIM117
+        with default_implementation(attention="xla"):
+            pass
