@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import re
 import threading
 import time
@@ -71,7 +72,8 @@ def compile_for_tpu(
       Well pipelined kernels may be expected to take somewhat longer in reality.
 
     Raises:
-      UserError: libtpu is missing or was loaded without dumps, or chip or devices are none of those accepted.
+      UserError: libtpu is missing or was loaded without dumps, chip or devices are none of those accepted, or the
+        program does not fit into the memory of the chip.
     """
     kind = find_chip(chip)
     if mesh is None:
@@ -102,7 +104,7 @@ def compile_for_tpu(
         try:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 lowered = jax.jit(traced, donate_argnums=donate_argnums).lower(*structs)
-            compiled = lowered.compile()
+            compiled = _compile(lowered, chip)
             seconds = time.perf_counter() - started
             dumps = _read_dumps(folder)
         finally:
@@ -124,8 +126,20 @@ def compile_for_tpu(
         peak_bytes=peak,
         hbm_capacity_bytes=int(kind.hbm_bytes),
         compile_seconds=seconds,
+        compiler=", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu")),
         notes=tuple(notes),
     )
+
+
+def _compile(lowered: jax.stages.Lowered, chip: str) -> jax.stages.Compiled:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        # The compiler plans all memory beforehand, and lists what did not fit over many lines.
+        reason = str(error).partition("\n")[0]
+        if not reason.startswith("RESOURCE_EXHAUSTED"):
+            raise
+        raise UserError(f"the program does not fit into the memory of {chip}: {reason}") from error
 
 
 def _describe(arg: Any, spec: Any, mesh: Mesh) -> Any:
@@ -137,7 +151,8 @@ def _describe(arg: Any, spec: Any, mesh: Mesh) -> Any:
         sharding = getattr(value, "sharding", None)
         if not (isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh == mesh):
             sharding = NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+        weak = getattr(value, "weak_type", False)  # a Python number does not widen what it is multiplied with
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding, weak_type=weak)
 
     is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
     return jax.tree.map(lambda s, part: jax.tree.map(lambda v: leaf(v, s), part), spec, arg, is_leaf=is_spec)

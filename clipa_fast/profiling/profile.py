@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 from clipa_fast.profiling.communication import Collective
 
@@ -63,6 +64,7 @@ class Profile:
     peak_bytes: int
     hbm_capacity_bytes: int
     compile_seconds: float
+    compiler: str
     notes: tuple[str, ...] = ()
 
     @property
@@ -99,6 +101,14 @@ class Profile:
         """Operations of these kinds, in program order."""
         return tuple(op for op in self.ops if op.kind in kinds)
 
+    def within(self, scope: str) -> tuple[Op, ...]:
+        """Operations traced inside `jax.named_scope(scope)`, their gradients included, in program order.
+
+        A fusion counts where its result comes from, whatever else XLA has put into it.
+        """
+        inside = re.compile(rf"(^|[/(]){re.escape(scope)}([/)]|$)")
+        return tuple(op for op in self.ops if inside.search(op.source))
+
     def time_of(self, *kinds: str) -> float:
         """Microseconds spent in operations of these kinds."""
         return sum(op.time_us for op in self.select(*kinds))
@@ -126,7 +136,7 @@ class Profile:
             f"{'op':<32} {'kind':<10} {'us':>9} {'MXU us':>9} {'bundle us':>9} {'HBM MB':>9} {'x':>4} {'trips':>7} "
             f"{'spills':>8}"
         )
-        lines = [f"{self.chip}, {self.devices} device(s); {STATIC_ESTIMATE}", header]
+        lines = [f"{self.chip}, {self.devices} device(s); {STATIC_ESTIMATE}; {self.compiler}", header]
         longest = sorted(self.ops, key=lambda op: (op.time_us, op.hbm_bytes), reverse=True)
         for op in longest[:rows]:
             lines.append(

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import clipa_kernels
 import jax
 import jax.numpy as jnp
 import pytest
@@ -186,6 +187,44 @@ def test_arrays_numbers_and_trees_are_accepted():
 
 
 @needs_libtpu
+def test_python_numbers_widen_nothing():
+    profile = compile_for_tpu(lambda x, factor: x * factor, bf16(256, 1024), 2.0)
+    assert profile.output_bytes == 256 * 1024 * 2
+
+
+@needs_libtpu
+def test_a_program_that_names_no_implementation_takes_that_of_a_tpu():
+    """Not that of the machine that compiles."""
+
+    def attend(x):
+        return clipa_kernels.flat_attention(x, x, x, num_heads=2, seq_len=16)
+
+    profile = compile_for_tpu(attend, bf16(256, 128))
+    assert len(profile.select("pallas")) == 1
+    assert profile.within("attention") == ()
+
+    def scoped(x):
+        with jax.named_scope("attention"):
+            return attend(x).sum()
+
+    profile = compile_for_tpu(jax.grad(scoped), bf16(256, 128))
+    assert {op.kind for op in profile.within("attention")} >= {"pallas"}
+    assert profile.within("atten") == ()
+
+
+@needs_libtpu
+def test_a_program_too_large_for_the_chip_is_refused_in_one_line():
+    def outer(x):
+        return jnp.sort(x[:, None] * x[None, :], axis=0)
+
+    with pytest.raises(
+        UserError, match=r"^the program does not fit into the memory of v5e: RESOURCE_EXHAUSTED"
+    ) as seen:
+        compile_for_tpu(outer, jax.ShapeDtypeStruct((100_000,), jnp.float32))
+    assert "\n" not in str(seen.value)
+
+
+@needs_libtpu
 def test_command_profiles_attention_and_writes_json(tmp_path):
     file = tmp_path / "profile.json"
     text = profile_command(
@@ -224,11 +263,26 @@ def test_a_mesh_of_other_devices_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"function": "mlp"}, "function: got 'mlp', accepted are attention, block, contrastive, self-check"),
+        (
+            {"function": "mlp"},
+            "function: got 'mlp', accepted are attention, block, contrastive, train-step, self-check",
+        ),
         ({"implementation": "torch"}, "implementation: got 'torch', accepted are tpu, xla, jax, none"),
         ({"seq_len": 0}, "seq_len: got 0, accepted is a whole number from 1"),
         ({"dtype": "int8"}, "dtype: got 'int8', accepted are bfloat16, float32"),
         ({"devices": 2}, "devices: got 2, accepted for attention is 1"),
+        ({"function": "train-step", "preset": "Z/16"}, "model.preset: unknown preset 'Z/16'"),
+        ({"function": "train-step", "image_size": 100}, "image_size: 100 px is not a positive multiple of the patch"),
+        ({"function": "train-step", "text_length": 0}, "text_length: got 0, accepted is a whole number from 1"),
+        (
+            {"function": "train-step", "batch": 9, "devices": 2},
+            r"batch: got 9, accepted is a multiple of devices \(2\)",
+        ),
+        ({"function": "train-step", "dtype": "int8"}, "dtype: got 'int8', accepted are bfloat16, float32"),
+        (
+            {"function": "train-step", "implementation": "none"},
+            "implementation: got 'none', accepted for train-step are",
+        ),
         ({"function": "contrastive", "batch": 9, "devices": 2, "implementation": "xla"}, "batch: got 9"),
     ],
 )
