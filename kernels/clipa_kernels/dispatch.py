@@ -7,7 +7,7 @@ A public function describes its call as a *problem* (a dataclass without values)
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -84,11 +84,11 @@ def not_built_run(problem: Any, operands: Any) -> Any:
     raise NotImplementedError("not built yet")
 
 
-_defaults: ContextVar[Mapping[str, str]] = ContextVar("default_implementation", default=MappingProxyType({}))
+_defaults: ContextVar[Mapping[str, str | None]] = ContextVar("default_implementation", default=MappingProxyType({}))
 
 
 @contextlib.contextmanager
-def default_implementation(**names: str | None) -> Iterator[None]:
+def default_implementation(**names: str | None) -> Generator[None]:
     """Inside, calls that name no implementation take the one given here, as strictly as if they had named it.
 
     For models that call the functions without a choice: `with default_implementation(flat_attention="xla"): ...`.
