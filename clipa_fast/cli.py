@@ -77,10 +77,13 @@ class Recipes:
 
 @dataclass(frozen=True)
 class Profile:
-    """Compile one of the kernels for a TPU, on a machine without one, and estimate its time statically."""
+    """Compile a kernel or a whole train step for a TPU, on a machine without one, and estimate its time statically."""
 
-    function: Annotated[Literal["attention", "block", "contrastive", "self-check"], tyro.conf.Positional] = "attention"
-    """attention alone, block (with the projections around it), contrastive, or the profiler's self-check."""
+    function: Annotated[
+        Literal["attention", "block", "contrastive", "train-step", "self-check"], tyro.conf.Positional
+    ] = "attention"
+    """attention alone, block (with the projections around it), contrastive, train-step, or the profiler's
+    self-check."""
     chip: Literal["v5e", "v5p", "v6e", "tpu7x"] = "v5e"
     """TPU generation."""
     implementation: Literal["tpu", "xla", "jax", "none"] = "tpu"
@@ -92,7 +95,8 @@ class Profile:
     head_dim: int = 64
     """Elements of a head."""
     batch: int | None = None
-    """Sequences (None: about 32,768 tokens), or pairs of the contrastive loss (None: 32,768)."""
+    """Sequences (None: about 32,768 tokens), pairs of the contrastive loss (None: 32,768) or of the train step (None:
+    128 for each device)."""
     is_causal: bool = False
     """Causal attention."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -101,8 +105,14 @@ class Profile:
     """With gradients."""
     width: int = 512
     """Feature width of the contrastive loss."""
+    preset: str = "B/16"
+    """Towers of the train step."""
+    image_size: int = 112
+    """Side of the train step's pictures in pixels."""
+    text_length: int = 16
+    """Tokens of the train step's captions."""
     devices: int = 1
-    """Devices that the contrastive loss is spread over."""
+    """Devices that the pairs of the contrastive loss or of the train step are spread over."""
     rows: int = 20
     """Rows of the table."""
     output: Path | None = None

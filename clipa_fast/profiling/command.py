@@ -7,11 +7,19 @@ from pathlib import Path
 from clipa_fast.errors import UserError
 from clipa_fast.profiling.chips import find_chip
 from clipa_fast.profiling.compile import compile_for_tpu
-from clipa_fast.profiling.programs import AttentionShape, attention_program, block_program, contrastive_program
+from clipa_fast.profiling.programs import (
+    AttentionShape,
+    attention_program,
+    block_program,
+    contrastive_program,
+    train_step_program,
+    train_step_stage,
+)
 from clipa_fast.profiling.self_check import format_checks, self_check
 
 _TOKENS = 32768
-FUNCTIONS = ("attention", "block", "contrastive", "self-check")
+_PAIRS_PER_DEVICE = 128
+FUNCTIONS = ("attention", "block", "contrastive", "train-step", "self-check")
 
 
 def profile_command(
@@ -27,6 +35,9 @@ def profile_command(
     dtype: str = "bfloat16",
     backward: bool = True,
     width: int = 512,
+    preset: str = "B/16",
+    image_size: int = 112,
+    text_length: int = 16,
     devices: int = 1,
     rows: int = 20,
     output: Path | None = None,
@@ -34,19 +45,24 @@ def profile_command(
     """Compiles one of the project's functions for a TPU and tells what it is estimated to cost.
 
     Args:
-      function: ``"attention"`` alone, ``"block"`` (projections around it), ``"contrastive"`` or ``"self-check"``.
+      function: ``"attention"`` alone, ``"block"`` (projections around it), ``"contrastive"``, ``"train-step"`` (the
+        trainer's whole step, every block recomputed in the backward) or ``"self-check"``.
       chip: ``"v5e"``, ``"v5p"``, ``"v6e"`` or ``"tpu7x"``.
-      implementation: ``"tpu"``, ``"xla"``, ``"jax"`` (``jax.nn.dot_product_attention``) or ``"none"``; the contrastive
-        loss has the first two.
+      implementation: ``"tpu"``, ``"xla"``, ``"jax"`` (``jax.nn.dot_product_attention``) or ``"none"``; contrastive
+        and train-step (whose attention it is) have the first two.
       seq_len: tokens of a sequence, for attention and block.
       num_heads: heads, for attention and block.
       head_dim: elements of a head, for attention and block.
-      batch: sequences (default: about 32,768 tokens), or pairs of the contrastive loss (default 32,768).
+      batch: sequences (default: about 32,768 tokens), pairs of the contrastive loss (default 32,768), or pairs of all
+        devices in a train step (default: 128 for each device).
       is_causal: for attention and block.
-      dtype: ``"bfloat16"`` or ``"float32"``, for attention and block.
+      dtype: ``"bfloat16"`` or ``"float32"``, for attention, block and train-step.
       backward: with gradients.
       width: feature width of the contrastive loss.
-      devices: devices the contrastive loss is spread over.
+      preset: the towers of the train step, such as ``"B/16"`` or ``"H/14"``.
+      image_size: side of the train step's pictures in pixels.
+      text_length: tokens of the train step's captions.
+      devices: devices that the pairs of the contrastive loss or of the train step are spread over.
       rows: rows of the table.
       output: file to write everything to as JSON.
 
@@ -63,6 +79,10 @@ def profile_command(
         program = contrastive_program(
             _TOKENS if batch is None else batch, width, devices, implementation, backward=backward
         )
+    elif function == "train-step":
+        pairs = _PAIRS_PER_DEVICE * devices if batch is None else batch
+        model, stage = train_step_stage(preset, image_size, text_length, pairs, dtype)
+        program = train_step_program(model, stage, implementation, devices)
     elif function in ("attention", "block"):
         if devices != 1:
             raise UserError(f"devices: got {devices}, accepted for {function} is 1")
@@ -73,7 +93,12 @@ def profile_command(
     else:
         raise UserError(f"function: got {function!r}, accepted are {', '.join(FUNCTIONS)}")
     profile = compile_for_tpu(
-        program.function, *program.arguments, chip=chip, devices=devices, in_specs=program.in_specs
+        program.function,
+        *program.arguments,
+        chip=chip,
+        devices=devices,
+        in_specs=program.in_specs,
+        donate_argnums=program.donate_argnums,
     )
     if output is not None:
         output.write_text(profile.to_json())

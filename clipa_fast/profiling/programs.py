@@ -1,4 +1,4 @@
-"""Programs to profile around the project's kernels: attention alone, in a block, and the contrastive loss."""
+"""Programs to profile: attention alone, attention in a block, the contrastive loss, and the trainer's whole step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from clipa_fast.config import ModelConfig, OptimizerConfig, StageConfig
 from clipa_fast.errors import UserError
+from clipa_fast.model.presets import grid_size, towers
+from clipa_fast.train_step import init_params, init_state, make_train_step
 
 IMPLEMENTATIONS = ("tpu", "xla", "jax", "none")
 
@@ -21,8 +24,9 @@ class Program:
     """A function and the shapes to compile it for; ``in_specs`` over an axis ``"data"`` where it runs on a mesh."""
 
     function: Callable[..., Any]
-    arguments: tuple[jax.ShapeDtypeStruct, ...]
+    arguments: tuple[Any, ...]
     in_specs: Any = None
+    donate_argnums: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,3 +146,49 @@ def contrastive_program(batch: int, width: int, devices: int, implementation: st
     arguments = (features, features, jax.ShapeDtypeStruct((), jnp.float32))
     function = jax.value_and_grad(loss, argnums=(0, 1, 2)) if backward else loss
     return Program(function, arguments, (data, data, PartitionSpec()))
+
+
+def train_step_stage(
+    preset: str, image_size: int, text_length: int, batch: int, dtype: str = "bfloat16"
+) -> tuple[ModelConfig, StageConfig]:
+    """The towers and stage of a train step as the papers run it on TPU: every block recomputed in the backward, and
+    AdamW's first moment in bfloat16 from L up."""
+    model = ModelConfig(preset=preset, remat="both", dtype=dtype)  # ty: ignore[invalid-argument-type]  # checked below
+    large = preset.partition("/")[0] in ("L", "H", "g", "bigG")
+    optimizer = OptimizerConfig(first_moment_dtype="bfloat16" if large else "float32")
+    stage = StageConfig(image_size=image_size, text_length=text_length, batch_size=batch, optimizer=optimizer)
+    for name, number in (("text_length", text_length), ("batch", batch)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise UserError(f"{name}: got {number!r}, accepted is a whole number from 1")
+    if dtype not in ("bfloat16", "float32"):
+        raise UserError(f"dtype: got {dtype!r}, accepted are bfloat16, float32")
+    grid_size(image_size, towers(model).patch_size)
+    return model, stage
+
+
+def train_step_program(model: ModelConfig, stage: StageConfig, attention: str, devices: int = 1) -> Program:
+    """One step of the trainer: both towers, loss, gradients, AdamW; the batch split over ``"data"``, the state not.
+
+    Args:
+      model: the towers.
+      stage: sizes of pictures, captions and batch, and the optimizer.
+      attention: ``"tpu"`` or ``"xla"`` of ``clipa_kernels.flat_attention``.
+      devices: what the batch has to be a multiple of.
+    """
+    if attention not in ("tpu", "xla"):
+        raise UserError(f"implementation: got {attention!r}, accepted for train-step are tpu, xla")
+    if stage.batch_size % devices:
+        raise UserError(f"batch: got {stage.batch_size}, accepted is a multiple of devices ({devices})")
+    step = make_train_step(model, stage, seed=0)
+
+    def train_step(state, image, text):
+        with clipa_kernels.default_implementation(flat_attention=attention):
+            return step(state, image, text)
+
+    def state():
+        return init_state(init_params(model, stage.image_size, stage.text_length, seed=0), stage)
+
+    image = jax.ShapeDtypeStruct((stage.batch_size, stage.image_size, stage.image_size, 3), jnp.uint8)
+    text = jax.ShapeDtypeStruct((stage.batch_size, stage.text_length), jnp.int32)
+    data = PartitionSpec("data")
+    return Program(train_step, (jax.eval_shape(state), image, text), (PartitionSpec(), data, data), donate_argnums=(0,))
