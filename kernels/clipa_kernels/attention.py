@@ -82,10 +82,10 @@ def dot_product_attention(
     shape = np.shape(query)
     operands = AttentionOperands(
         *(x if x.ndim == 4 else x[None] for x in map(jnp.asarray, (query, key, value))),
-        None if bias is None else jnp.reshape(bias, problem.bias_shape),
-        None if mask is None else jnp.reshape(mask, problem.mask_shape),
-        None if query_seq_lengths is None else jnp.asarray(query_seq_lengths, jnp.int32),
-        None if key_value_seq_lengths is None else jnp.asarray(key_value_seq_lengths, jnp.int32),
+        None if bias is None else jnp.asarray(bias).reshape(problem.bias_shape),
+        None if mask is None else jnp.asarray(mask).reshape(problem.mask_shape),
+        _int32(query_seq_lengths),
+        _int32(key_value_seq_lengths),
     )
     output, residual = chosen.run(problem, operands)
     output = output.reshape(shape)
@@ -141,6 +141,17 @@ def flat_attention(
     chosen, _ = choose("flat_attention", IMPLEMENTATIONS, problem, implementation)
     operands = AttentionOperands(
         *map(jnp.asarray, (query, key, value)),
-        key_value_seq_lengths=None if key_value_seq_lengths is None else jnp.asarray(key_value_seq_lengths, jnp.int32),
+        key_value_seq_lengths=_int32(key_value_seq_lengths),
     )
     return chosen.run(problem, operands)[0]
+
+
+def _int32(lengths: Any) -> jax.Array | None:
+    """Lengths of any integer type; those beyond int32, which mean the whole sequence or none of it, stay beyond."""
+    if lengths is None:
+        return None
+    lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
+    given, int32 = jnp.iinfo(lengths.dtype), jnp.iinfo(jnp.int32)
+    if given.max > int32.max:  # NumPy's 64 bits are clipped before jax cuts them to 32
+        lengths = lengths.clip(max(given.min, int32.min), int32.max)
+    return jnp.asarray(lengths).astype(jnp.int32)

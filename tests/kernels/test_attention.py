@@ -251,6 +251,27 @@ def test_gradients_of_gradients():
     np.testing.assert_allclose(twice(dot_product_attention), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint32, np.int64, np.uint64])
+def test_lengths_far_beyond_the_sequence_mean_all_of_it(dtype):
+    query, key, value, _ = operands()
+    far, none = np.iinfo(dtype).max, np.iinfo(dtype).min
+    lengths = np.array([far] * (query.shape[0] - 1) + [none], dtype)
+
+    def attend(lengths):
+        return dot_product_attention(query, key, value, key_value_seq_lengths=lengths)
+
+    expected = attend(np.array([key.shape[1]] * (query.shape[0] - 1) + [0]))
+    np.testing.assert_array_equal(attend(lengths), expected)
+    if np.dtype(dtype).itemsize <= 4:  # jax cuts 64 bits to 32 before we see them
+        np.testing.assert_allclose(jax.jit(attend)(lengths), expected, atol=2e-6)  # float32 rounding
+
+
+def test_nested_lists_are_arrays():
+    query, mask, bias = np.ones((1, 2, 1, 2), np.float32), [[True, False], [True, True]], [[0.0, 1.0]]
+    expected = dot_product_attention(query, query, query, np.array(bias, np.float32), np.array(mask))
+    np.testing.assert_array_equal(dot_product_attention(*[query.tolist()] * 3, bias, mask), expected)
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_batch_sharded_over_devices_needs_no_communication(axis_type):
     if jax.device_count() < 8:
