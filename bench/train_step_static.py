@@ -21,6 +21,7 @@ import jax
 from clipa_fast.errors import UserError
 from clipa_fast.model.presets import grid_size, towers
 from clipa_fast.profiling import Profile, compile_for_tpu
+from clipa_fast.profiling.chips import find_chip, topology_name
 from clipa_fast.profiling.profile import STATIC_ESTIMATE
 from clipa_fast.profiling.programs import train_step_program, train_step_stage
 
@@ -102,6 +103,9 @@ def main(argv: list[str]) -> None:
     profiles = []
     try:
         steps = [parse_step(step) for step in args.steps]
+        topology_name(find_chip(args.chip), args.devices)
+        if args.output and not args.output.parent.is_dir():
+            raise UserError(f"output: the folder {args.output.parent} does not exist")
         print(f"{STATIC_ESTIMATE}; one device of {args.devices} {args.chip}; {versions}")
         print("| " + " | ".join(COLUMNS) + " |\n" + "| --- " * len(COLUMNS) + "|")
         for step in steps:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from clipa_fast.errors import UserError
-from clipa_fast.profiling.chips import find_chip
+from clipa_fast.profiling.chips import find_chip, topology_name
 from clipa_fast.profiling.compile import compile_for_tpu
 from clipa_fast.profiling.programs import (
     AttentionShape,
@@ -70,9 +71,14 @@ def profile_command(
       The text to print.
 
     Raises:
-      UserError: one of the arguments is none of those accepted, or libtpu is missing.
+      UserError: one of the arguments is none of those accepted, the implementation cannot serve the shapes, the program
+        does not fit into the chip's memory, or libtpu is missing.
     """
-    find_chip(chip)
+    topology_name(find_chip(chip), devices)  # refuses what there is not
+    if rows < 0:
+        raise UserError(f"rows: got {rows}, accepted is a whole number from 0")
+    if output is not None and not output.parent.is_dir():  # said before minutes of compiling
+        raise UserError(f"output: the folder {output.parent} does not exist")
     if function == "self-check":
         return format_checks(chip, self_check(chip))
     if function == "contrastive":
@@ -92,14 +98,18 @@ def profile_command(
         program = make(shape, implementation, backward=backward)
     else:
         raise UserError(f"function: got {function!r}, accepted are {', '.join(FUNCTIONS)}")
-    profile = compile_for_tpu(
-        program.function,
-        *program.arguments,
-        chip=chip,
-        devices=devices,
-        in_specs=program.in_specs,
-        donate_argnums=program.donate_argnums,
-    )
+    print(f"compiling {function} for {chip}" + ", minutes" * (function == "train-step"), file=sys.stderr)
+    try:
+        profile = compile_for_tpu(
+            program.function,
+            *program.arguments,
+            chip=chip,
+            devices=devices,
+            in_specs=program.in_specs,
+            donate_argnums=program.donate_argnums,
+        )
+    except NotImplementedError as error:
+        raise UserError(str(error)) from error
     if output is not None:
         output.write_text(profile.to_json())
     return profile.table(rows)

@@ -147,7 +147,10 @@ def _describe(arg: Any, spec: Any, mesh: Mesh) -> Any:
 
     def leaf(value: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         if not hasattr(value, "shape") or not hasattr(value, "dtype"):
-            value = jax.eval_shape(lambda: jax.numpy.asarray(value))
+            try:
+                value = jax.eval_shape(lambda: jax.numpy.asarray(value))
+            except TypeError as error:
+                raise UserError(f"args: got {value!r}, accepted are trees of arrays, numbers and structs") from error
         sharding = getattr(value, "sharding", None)
         if not (isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh == mesh):
             sharding = NamedSharding(mesh, spec)

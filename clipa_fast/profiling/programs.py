@@ -130,6 +130,8 @@ def contrastive_program(batch: int, width: int, devices: int, implementation: st
         raise UserError(f"implementation: got {implementation!r}, accepted for contrastive are tpu, xla")
     if batch < 1 or batch % devices:
         raise UserError(f"batch: got {batch}, accepted is a multiple of devices ({devices})")
+    if width < 1:
+        raise UserError(f"width: got {width}, accepted is a whole number from 1")
     data = PartitionSpec("data")
 
     def loss(image, text, logit_scale):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import clipa_kernels
 import jax
@@ -225,6 +226,18 @@ def test_a_program_too_large_for_the_chip_is_refused_in_one_line():
 
 
 @needs_libtpu
+def test_what_the_kernels_cannot_serve_is_said_in_one_line():
+    with pytest.raises(UserError, match="implementation='tpu' cannot serve this call: head_dim must be"):
+        profile_command("attention", head_dim=8, batch=8)
+
+
+@needs_libtpu
+def test_arguments_that_are_no_arrays_are_refused():
+    with pytest.raises(UserError, match=r"^args: got 'mean', accepted are trees of arrays, numbers and structs"):
+        compile_for_tpu(lambda x, how: x, bf16(8, 128), "mean")
+
+
+@needs_libtpu
 def test_command_profiles_attention_and_writes_json(tmp_path):
     file = tmp_path / "profile.json"
     text = profile_command(
@@ -271,6 +284,10 @@ def test_a_mesh_of_other_devices_is_refused():
         ({"seq_len": 0}, "seq_len: got 0, accepted is a whole number from 1"),
         ({"dtype": "int8"}, "dtype: got 'int8', accepted are bfloat16, float32"),
         ({"devices": 2}, "devices: got 2, accepted for attention is 1"),
+        ({"rows": -1}, "rows: got -1, accepted is a whole number from 0"),
+        ({"output": Path("no/such/folder/profile.json")}, "output: the folder no/such/folder does not exist"),
+        ({"function": "contrastive", "devices": 0}, "devices: got 0, accepted for v5e is a whole number from 1 to 256"),
+        ({"function": "contrastive", "width": 0, "implementation": "xla"}, "width: got 0, accepted is a whole number"),
         ({"function": "train-step", "preset": "Z/16"}, "model.preset: unknown preset 'Z/16'"),
         ({"function": "train-step", "image_size": 100}, "image_size: 100 px is not a positive multiple of the patch"),
         ({"function": "train-step", "text_length": 0}, "text_length: got 0, accepted is a whole number from 1"),
