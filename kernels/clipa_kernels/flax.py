@@ -13,11 +13,14 @@ import warnings
 from collections.abc import Callable, Generator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen, nnx
 
+from clipa_kernels.dispatch import target_platform
 from clipa_kernels.flax_call import FlaxCall
 
 _FLAX_DEFAULTS = (linen.dot_product_attention, nnx.dot_product_attention)
@@ -153,6 +156,11 @@ class _Scope:
     implementation: str | None
     warned: set[str] = field(default_factory=set)
 
+    @property
+    def wants_flat_projections(self) -> bool:
+        """Whether the program is traced for a TPU's kernels."""
+        return (self.implementation or target_platform()[0]) == "tpu"
+
     def warn(self, text: str) -> None:
         if text not in self.warned:
             self.warned.add(text)
@@ -200,17 +208,55 @@ def _choose(stored: Callable[..., Any], layer: Any) -> Callable[..., Any]:
     return stored
 
 
+class _FlatProjection:
+    """`promote_dtype` and `dot_general` for a DenseGeneral: its product on [rows, columns] arrays, bias included.
+
+    A TPU lays [..., N, H] out otherwise than the [rows, N * H] that the kernels take, and going from one to the other
+    costs more than attention itself. Where projections are flat, the two changes of shape cancel.
+    """
+
+    def __init__(self, layer: Any):
+        self.own_promote_dtype, self.bias = layer.promote_dtype, None
+
+    def promote_dtype(self, inputs: Any, kernel: Any, bias: Any, *, dtype: Any) -> tuple[Any, Any, Any]:
+        inputs, kernel, self.bias = self.own_promote_dtype(inputs, kernel, bias, dtype=dtype)
+        return inputs, kernel, None if bias is None else jnp.zeros_like(self.bias)  # what the layer adds itself
+
+    def dot_general(self, inputs: Any, kernel: Any, dimensions: Any, precision: Any = None) -> jax.Array:
+        count = len(dimensions[0][0])  # the last of inputs with the first of kernel
+        (rows, shared), columns = (inputs.shape[:-count], inputs.shape[-count:]), kernel.shape[count:]
+        inputs, kernel = inputs.reshape(prod(rows), prod(shared)), kernel.reshape(prod(shared), prod(columns))
+        flat = jnp.matmul(inputs, kernel, precision=precision)
+        if self.bias is not None:
+            flat += self.bias.reshape(-1)
+        return flat.reshape(*rows, *columns)
+
+
+def _lent_by_linen(layer: Any) -> dict[str, Any]:
+    """What a linen layer is to have instead of its own while its `__call__` runs."""
+    if isinstance(layer, linen.MultiHeadDotProductAttention):
+        return {"attention_fn": _choose(layer.attention_fn, layer)}
+    if isinstance(layer, linen.DenseGeneral):
+        attention = getattr(layer.parent, "attention_fn", None)
+        as_made = layer.dot_general is None and layer.dot_general_cls is None and not layer.batch_dims
+        if isinstance(attention, _Lent) and attention.scope.wants_flat_projections and as_made:
+            flat = _FlatProjection(layer)
+            return {"promote_dtype": flat.promote_dtype, "dot_general": flat.dot_general}
+    return {}
+
+
 def _intercept_linen(call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
-    """Lends a linen attention layer another attention function while its `__call__` runs."""
+    """Lends a linen layer other functions while its `__call__` runs."""
     layer = context.module
-    if context.method_name != "__call__" or not isinstance(layer, linen.MultiHeadDotProductAttention):
-        return call(*args, **kwargs)
-    stored = layer.attention_fn
-    object.__setattr__(layer, "attention_fn", _choose(stored, layer))  # linen itself refuses: layers are frozen
+    lent = _lent_by_linen(layer) if context.method_name == "__call__" else {}
+    stored = {name: getattr(layer, name) for name in lent}
     try:
+        for name, function in lent.items():
+            object.__setattr__(layer, name, function)  # linen itself refuses: layers are frozen
         return call(*args, **kwargs)
     finally:
-        object.__setattr__(layer, "attention_fn", stored)
+        for name, function in stored.items():
+            object.__setattr__(layer, name, function)
 
 
 class _NnxAttentionFn:

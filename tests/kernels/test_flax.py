@@ -174,6 +174,24 @@ def test_attention_fn_is_taken_by_layers_of_both_kinds(monkeypatch, dtype):
         assert [(call["implementation"], call["is_causal"]) for call in calls] == [(None, True)]
 
 
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_projections_that_a_tpu_wants_flat_give_the_same(monkeypatch, use_bias):
+    layer = linen.MultiHeadDotProductAttention(3, use_bias=use_bias, bias_init=linen.initializers.normal())
+    x = X[:, None]  # two batch dimensions
+    params = layer.init(jax.random.key(1), x)
+    expected = jax.jit(functools.partial(loss_and_gradients, layer.apply))(params, x)
+    made = []
+    projection = fused._FlatProjection
+    monkeypatch.setattr(fused, "_FlatProjection", lambda layer: made.append(layer.name) or projection(layer))
+    monkeypatch.setattr(fused._Scope, "wants_flat_projections", True)
+    with fused.fused_attention():
+        actual = jax.jit(functools.partial(loss_and_gradients, layer.apply))(params, x)
+        again = layer.init(jax.random.key(1), x)
+    assert made == ["query", "key", "value", "out"] * 2
+    assert_close(actual, expected)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
 def masks(draw, batch, heads, rows, columns):
     """Float32 as make_attention_mask gives them, or bool; each size full or 1; rows that see nothing included."""
     shape = tuple(draw(st.sampled_from([1, n])) for n in (*batch, heads, rows, columns))
