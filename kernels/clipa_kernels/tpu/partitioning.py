@@ -13,16 +13,38 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 
-def foldable(fn: Callable[..., tuple]) -> Callable[..., tuple]:
-    """`fn` with a rule for `vmap`: the new dimension becomes part of the first one of every operand and result."""
+def foldable(
+    fn: Callable[..., tuple], shareable: tuple[bool, ...] = (), summed: int | None = None
+) -> Callable[..., tuple]:
+    """`fn` with a rule for `vmap`: the new dimension becomes part of the first one of every operand and result.
+
+    Args:
+      fn: a function of arrays whose first dimension is rows or sequences, as many as the first one has.
+      shareable: for each array, whether its first dimension may be 1 instead: what all sequences share. It stays so
+        unless it is batched itself.
+      summed: the number of a shareable array. Where it is shared, the results have a first dimension of 1 too and are
+        sums over sequences; so they have to be made for each sequence first.
+    """
     folding = jax.custom_batching.custom_vmap(fn)
 
     @folding.def_vmap
     def _(axis_size, in_batched, *arrays):
-        spread = zip(arrays, in_batched, strict=True)
-        arrays = [x if batched else jnp.broadcast_to(x, (axis_size, *x.shape)) for x, batched in spread]
-        results = folding(*(x.reshape(-1, *x.shape[2:]) for x in arrays))
-        return tuple(x.reshape(axis_size, -1, *x.shape[1:]) for x in results), (True,) * len(results)
+        rows = arrays[0].shape[in_batched[0]]
+        may_share = shareable or (False,) * len(arrays)
+        folded, was_shared = [], []
+        for x, batched, share in zip(arrays, in_batched, may_share, strict=True):
+            shared = share and x.shape[batched] == 1
+            was_shared.append(shared and rows > 1)
+            if shared and not batched and summed is None:
+                folded.append(x)
+                continue
+            x = x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+            x = jnp.broadcast_to(x, (axis_size, rows, *x.shape[2:])) if shared else x
+            folded.append(x.reshape(-1, *x.shape[2:]))
+        results = [x.reshape(axis_size, -1, *x.shape[1:]) for x in folding(*folded)]
+        if summed is not None and was_shared[summed]:
+            results = [x.sum(1, keepdims=True) for x in results]
+        return tuple(results), (True,) * len(results)
 
     return folding
 
@@ -48,23 +70,39 @@ def row_axes(x: jax.Array, sequences: int) -> tuple[str, ...]:
     return tuple(axes)
 
 
-def on_each_device(fn: Callable[..., tuple], arrays: tuple[jax.Array, ...], sequences: int) -> tuple:
-    """fn(*arrays), where each device of the arrays' mesh, if there is one, runs `fn` on its own rows."""
+def on_each_device(
+    fn: Callable[..., tuple],
+    arrays: tuple[jax.Array, ...],
+    sequences: int,
+    *,
+    shared: tuple[bool, ...] = (),
+    summed: bool = False,
+) -> tuple:
+    """fn(*arrays), where each device of the arrays' mesh, if there is one, runs `fn` on its own rows.
+
+    `shared` arrays are whole on every device. Results that are `summed` are added up over devices: the one thing that
+    has to be communicated, once, as in any gradient of what devices share.
+    """
     mesh = jax.typeof(arrays[0]).sharding.mesh
     open_axes = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
     if math.prod(mesh.shape[axis] for axis in open_axes) == 1:
         return fn(*arrays)
     axes = row_axes(arrays[0], sequences)
-    specs = tuple(PartitionSpec(axes or None, *[None] * (x.ndim - 1)) for x in arrays)
+
+    def specs(axes: tuple[str, ...]) -> list[PartitionSpec]:
+        whole = shared or (False,) * len(arrays)
+        rows = [None if one else axes or None for one in whole]
+        return [PartitionSpec(row, *[None] * (x.ndim - 1)) for x, row in zip(arrays, rows, strict=True)]
+
     explicit = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
     if explicit:
-        kept = tuple(axis for axis in axes if axis in explicit)
-        arrays = tuple(jax.sharding.reshard(x, PartitionSpec(kept or None, *[None] * (x.ndim - 1))) for x in arrays)
+        kept = specs(tuple(axis for axis in axes if axis in explicit))
+        arrays = tuple(jax.sharding.reshard(x, spec) for x, spec in zip(arrays, kept, strict=True))
     split = jax.shard_map(
-        fn,
+        (lambda *parts: tuple(jax.lax.psum(x, axes) for x in fn(*parts))) if summed else fn,
         mesh=mesh,
-        in_specs=specs,
-        out_specs=PartitionSpec(axes or None, None),
+        in_specs=tuple(specs(axes)),
+        out_specs=PartitionSpec(None if summed else axes or None),
         axis_names=open_axes,
         check_vma=False,
     )
