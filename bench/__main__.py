@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-MEASUREMENTS = ("attention_static", "train_step", "train_step_static")
+MEASUREMENTS = ("attention_blocks", "attention_static", "train_step", "train_step_static")
 
 
 def main() -> None:

@@ -9,13 +9,14 @@ import pytest
 from clipa_kernels import dot_product_attention, reference
 from clipa_kernels.tpu.chips import CHIPS
 from clipa_kernels.tpu.general_attention import choose_tiling
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from .interpreted import assert_exact, interpreter
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 NAMES = "xla", "tpu"
+PHASES = [Phase.explicit, Phase.reuse, Phase.generate]  # to shrink an example takes longer than to understand it
 
 
 def check(seed, sizes, dtype, bias=None, mask=None, residual=False, bias_dtype=None, **options):
@@ -73,14 +74,14 @@ def draw_and_check(data, longest):
     )
 
 
-@settings(deadline=None, max_examples=3)
+@settings(deadline=None, max_examples=3, phases=PHASES)
 @given(st.data())
 def test_random_calls(data):
     draw_and_check(data, 30)
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=40, phases=PHASES)
 @given(st.data())
 def test_many_random_calls(data):
     draw_and_check(data, 300)

@@ -1,8 +1,8 @@
-"""How large the pieces of the attention kernels are: a choice among what fits, and a small table of measured settings.
+"""How large the pieces of the attention kernels are: a choice among what fits, guided by a table of settings."""
 
-The settings are those that `python -m bench attention_static` found fastest, on v5e and v6e, among the few tried.
-"""
+from typing import NamedTuple
 
+from clipa_kernels.tpu.block_table import TABLE
 from clipa_kernels.tpu.chips import Chip
 from clipa_kernels.tpu.tiling import (
     LANES,
@@ -17,19 +17,32 @@ from clipa_kernels.tpu.tiling import (
     tile_of,
 )
 
-# (chip or "", longest length) -> (heads side by side in a block, head groups in a loop body, lags, spread).
-# First row that fits; more groups in the body hide more latency and take longer to compile.
-SETTINGS: tuple[tuple[str, int, int, int, tuple[int, int], int], ...] = (
-    ("", 128, 8, 14, (1, 4), 0),
-    ("", 208, 12, 12, (1, 2), 1),
-    ("", 1024, 6, 6, (1, 2), 1),
-)
-
 MAX_REGISTERS = 1200  # of logits in one loop body; the size of the program and its compile time grow with them
 
 
-def _settings(chip: Chip, length: int) -> tuple[int, int, tuple[int, int], int]:
-    return next(s[2:] for s in SETTINGS if s[0] in ("", chip.name) and length <= s[1])
+class Settings(NamedTuple):
+    """What the sizes of a call are chosen by.
+
+    heads: heads side by side in a block, at least. items: head groups in a loop body; more of them hide more latency
+    and take longer to compile. lags, spread: see `Tiling`.
+    """
+
+    heads: int
+    items: int
+    lags: tuple[int, int]
+    spread: int
+
+
+# What holds up to some length for whatever the table does not list.
+DEFAULTS = {128: Settings(8, 14, (1, 4), 0), 208: Settings(12, 12, (1, 2), 1), 1024: Settings(6, 6, (1, 2), 1)}
+
+
+def settings_for(chip: str, itemsize: int, length: int, head_dim: int) -> Settings:
+    """The table's settings for a call, else the defaults for its length."""
+    dtype = {2: "bfloat16", 4: "float32"}[itemsize]
+    if row := TABLE.get((chip, dtype, length, head_dim)):
+        return Settings(*row)
+    return next(settings for longest, settings in DEFAULTS.items() if length <= longest)
 
 
 def vmem_bytes(tiling: Tiling, itemsize: int, tensors: int) -> int:
@@ -55,10 +68,20 @@ def _smallest_block(length: int) -> int:
 
 
 def choose_tiling(
-    batch: int, length: int, num_heads: int, head_dim: int, itemsize: int, tensors: int, chip: Chip
+    batch: int,
+    length: int,
+    num_heads: int,
+    head_dim: int,
+    itemsize: int,
+    tensors: int,
+    chip: Chip,
+    settings: Settings | None = None,
 ) -> Tiling | None:
-    """The tiling for `batch` sequences (a result of `padded_batch`), or None if not even one block fits in VMEM."""
-    heads_wanted, items, lags, spread = _settings(chip, length)
+    """The tiling for `batch` sequences (a result of `padded_batch`), or None if not even one block fits in VMEM.
+
+    `settings`: those of the table unless given.
+    """
+    heads_wanted, items, lags, spread = settings or settings_for(chip.name, itemsize, length, head_dim)
     smallest = _smallest_block(length)
     width = num_heads * head_dim
     best = None
@@ -75,7 +98,7 @@ def choose_tiling(
             tiles = -(-sequences // together)
             unroll = max(1, min(tiles, round(items / len(groups))))
             if sum(_logits_registers(length, group) for group in groups) * unroll > MAX_REGISTERS:
-                unroll = 1
+                unroll = 1  # a smaller number was no better at 577 tokens
             tiling = Tiling(length, together, rows, sequences, lanes, groups, unroll, lags, looped, spread)
             if rows > tiling.block_rows or vmem_bytes(tiling, itemsize, tensors) > chip.vmem_bytes:
                 continue
