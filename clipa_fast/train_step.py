@@ -23,7 +23,7 @@ State = dict[str, Any]
 """{"params": nested dicts, "optimizer": optax state, "step": int32 scalar within the stage}."""
 
 # Whole AVX-512 registers where the CPU has them; XLA's own choice is half of one.
-_CPU_OPTIONS = {"xla_cpu_prefer_vector_width": 512}
+_CPU_OPTIONS: dict[str, str | bool] = {"xla_cpu_prefer_vector_width": "512"}
 
 
 def graph(config: ModelConfig, image_size: int, text_length: int) -> nnx.GraphDef:
