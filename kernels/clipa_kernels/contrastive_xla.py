@@ -1,231 +1,177 @@
-"""Contrastive losses in plain jax: dense on one device; across devices [b, B] or [b, b] logits, never [B, B].
-
-Gradients are written by hand, so that they are those of the dense loss of the global batch on every device, whatever
-jax tracks about replication. With weights_ij = d loss / d logit_ij they are
-d_image = scale * weights @ text, d_text = scale * weights^T @ image, d_scale = sum(weights * similarity).
-"""
+"""Blocks of logits in plain jax, a few rows at a time, so that no more than `CHUNK` logits exist at once."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from clipa_kernels import contrastive_function
 from clipa_kernels.contrastive_problem import ContrastiveOperands, ContrastiveProblem
+from clipa_kernels.contrastive_terms import LOWEST, Scalars, Side, Statistics, merged, nothing
+
+CHUNK = 1 << 22
+"""Logits made at once."""
 
 
-def loss(problem: ContrastiveProblem, operands: ContrastiveOperands) -> jax.Array:
-    """The scalar loss of the global batch."""
-    features = (_varying(x, problem.axis_names) for x in operands[:2])
-    return _loss(problem, ContrastiveOperands(*features, *operands[2:]))
+def loss(problem: ContrastiveProblem, operands: ContrastiveOperands):
+    """The scalar loss of the global batch, and the `InBatchAccuracy`."""
+    return contrastive_function.loss(BLOCKS, problem, operands)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(problem: ContrastiveProblem, operands: ContrastiveOperands) -> jax.Array:
-    return _forward(problem, operands)[0]
+def statistics(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array):
+    """See `contrastive_function.Blocks`."""
+
+    def work(part, first, so_far):
+        of_rows, of_columns = _chunk_statistics(problem, scalars, part, columns, own + first)
+        return merged(problem, so_far, of_columns), of_rows
+
+    start = nothing(problem, columns.features.shape[0], scalars.scale.dtype, of_rows=False)
+    of_columns, of_rows = _by_chunks(rows, columns, start, work)
+    return of_rows, of_columns
 
 
-def _forward(problem: ContrastiveProblem, operands: ContrastiveOperands):
-    ring = problem.exchange == "ring" and problem.axis_names
-    statistics = (_ring_statistics if ring else _gathered_statistics)(problem, operands)
-    if problem.kind == "softmax":
-        own = _logits(operands, _similarity(operands.image, operands.text, "bd,bd->b"))
-        (row_top, row_total), (column_top, column_total) = statistics
-        total = jnp.sum(jnp.log(row_total) + (row_top - own) + jnp.log(column_total) + (column_top - own)) / 2
-    else:
-        total = jnp.sum(statistics[0])
-    return _sum(problem, total) / _global_batch(problem), (operands, statistics)
+def gradient(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array, initial: Any):
+    """See `contrastive_function.Blocks`."""
+
+    def work(part, first, total):
+        weights = _weights(problem, scalars, part, columns, own + first)
+        gradient = _products(weights.astype(problem.dtype), columns.features, "ij,jd->id")
+        return (None if total is None else total + weights.sum()), gradient
+
+    zero = jnp.zeros((), scalars.scale.dtype) if problem.kind == "sigmoid" else None
+    total, gradient = _by_chunks(rows, columns, zero, work)
+    return gradient if initial is None else initial + gradient, total
 
 
-def _backward(problem: ContrastiveProblem, residuals, cotangent):
-    operands, statistics = residuals
-    if problem.axis_names and not _tracks_replication(problem):
-        # Each device then holds its own copy of the loss, and a part of the cotangent.
-        cotangent = lax.psum(cotangent, problem.axis_names)
-    ring = problem.exchange == "ring" and problem.axis_names
-    gradients = (_ring_gradients if ring else _gathered_gradients)(problem, operands, *statistics)
-    d_image, d_text, weight_sum = gradients
-    factor = cotangent / _global_batch(problem)
-    scale = operands.logit_scale.astype(d_image.dtype)
-    d_scale = factor * jnp.sum(d_image * operands.image.astype(d_image.dtype))
-    d_bias = None
-    if operands.logit_bias is not None:
-        d_bias = _like(problem, factor * weight_sum, operands.logit_bias)
-    d_image, d_text = ((factor * scale * x).astype(problem.dtype) for x in (d_image, d_text))
-    return (ContrastiveOperands(d_image, d_text, _like(problem, d_scale, operands.logit_scale), d_bias),)
+def gradients(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array):
+    """See `contrastive_function.Blocks`."""
+
+    def work(part, first, state):
+        of_columns, total = state
+        weights = _weights(problem, scalars, part, columns, own + first)
+        small = weights.astype(problem.dtype)
+        of_columns += _products(small, part.features, "ij,id->jd")
+        of_rows = _products(small, columns.features, "ij,jd->id")
+        return (of_columns, None if total is None else total + weights.sum()), of_rows
+
+    zero = jnp.zeros((), scalars.scale.dtype) if problem.kind == "sigmoid" else None
+    (of_columns, total), of_rows = _by_chunks(
+        rows, columns, (jnp.zeros(columns.features.shape, scalars.scale.dtype), zero), work
+    )
+    return of_rows, of_columns, total
 
 
-_loss.defvjp(_forward, _backward)
-
-# ------------------------------------------------------------------------------------------------- one block of pairs
+BLOCKS = contrastive_function.Blocks(statistics, gradient, gradients)
 
 
-def _similarity(a: jax.Array, b: jax.Array, subscripts: str = "id,jd->ij") -> jax.Array:
+def _by_chunks(rows: Side, columns: Side, state: Any, work: Callable[[Side, Any, Any], tuple[Any, Any]]):
+    """work(some rows, the first one's index, state) -> (state, results for these rows), over all rows in turn."""
+    count = rows.features.shape[0]
+    size = max(1, CHUNK // columns.features.shape[0])
+    if size >= count:
+        return work(rows, 0, state)
+    size = -(-count // -(-count // size))  # chunks of one size, but the last
+    whole = count // size
+
+    def step(state, index):
+        part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, index * size, size), rows)
+        return work(part, index * size, state)
+
+    like = jax.eval_shape(lambda: step(state, 0)[0])
+    state = jax.tree.map(
+        lambda x, y: lax.pcast(x, tuple(jax.typeof(y).mat.varying - jax.typeof(x).mat.varying), to="varying"),
+        state,
+        like,
+    )
+    state, results = lax.scan(step, state, jnp.arange(whole))
+    results = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+    if whole * size == count:
+        return state, results
+    rest = jax.tree.map(lambda x: x[whole * size :], rows)
+    state, more = work(rest, whole * size, state)
+    return state, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), results, more)
+
+
+def _products(a: jax.Array, b: jax.Array, subscripts: str = "id,jd->ij") -> jax.Array:
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
-def _logits(operands: ContrastiveOperands, similarity: jax.Array) -> jax.Array:
-    logits = operands.logit_scale.astype(similarity.dtype) * similarity
-    return logits if operands.logit_bias is None else logits + operands.logit_bias.astype(similarity.dtype)
+def _logits(scalars: Scalars, rows: Side, columns: Side) -> jax.Array:
+    logits = scalars.scale * _products(rows.features, columns.features)
+    return logits if scalars.bias is None else logits + scalars.bias
 
 
-def _weights(problem: ContrastiveProblem, logits: jax.Array, rows: Any, columns: Any, own: Any) -> jax.Array:
-    """B * d loss / d logits of a block; `own` is True where row and column are one pair."""
+def _teacher_logits(scalars: Scalars, rows: Side, columns: Side) -> jax.Array:
+    return scalars.teacher_scale * _products(rows.teacher, columns.teacher).astype(scalars.scale.dtype)
+
+
+def _is_own(rows: Side, columns: Side, own: jax.Array) -> jax.Array:
+    return own + jnp.arange(rows.features.shape[0])[:, None] == jnp.arange(columns.features.shape[0])
+
+
+def _among_pairs(logits: jax.Array, rows: Side, columns: Side) -> jax.Array:
+    """The logits where row and column both are pairs, elsewhere lower than any."""
+    if rows.weight is None:
+        return logits
+    return jnp.where((rows.weight > 0)[:, None] & (columns.weight > 0), logits, -jnp.inf)
+
+
+def _peaks(logits: jax.Array, moment_of: jax.Array | None = None):
+    """Of rows and of columns: largest logit, sum of exponentials below it, and of those times `moment_of`."""
+    for axis in (1, 0):
+        top = jnp.maximum(logits.max(axis), LOWEST)
+        exponentials = jnp.exp(logits - jnp.expand_dims(top, axis))
+        yield top, exponentials.sum(axis), None if moment_of is None else (exponentials * moment_of).sum(axis)
+
+
+def _chunk_statistics(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array):
+    is_own = _is_own(rows, columns, own)
+    logits = _logits(scalars, rows, columns)
+    others = jnp.where(is_own, -jnp.inf, _among_pairs(logits, rows, columns))
+
+    def own_of(x):
+        return jnp.where(is_own, x, 0).sum(1)
+
     if problem.kind == "sigmoid":
-        return jax.nn.sigmoid(logits) - own
-    (row_top, row_total), (column_top, column_total) = rows, columns
-    rowwise = jnp.exp(logits - row_top[:, None]) / row_total[:, None]
-    return (rowwise + jnp.exp(logits - column_top) / column_total) / 2 - own
-
-
-def _statistics(problem: ContrastiveProblem, logits: jax.Array, own: Any) -> tuple[Any, Any]:
-    """Of a block's rows and columns. Sigmoid: the rows' losses, nothing of columns.
-
-    Softmax: for each the largest logit and the sum of exp(logit - largest). Their log-sum-exp would be one vector
-    instead of two, but its rounding costs the gradient precision at large scales.
-    """
-    if problem.kind == "sigmoid":
-        return jax.nn.softplus(jnp.where(own, -logits, logits)).sum(1), ()
-    row_top, column_top = logits.max(1), logits.max(0)
-    rows = row_top, jnp.exp(logits - row_top[:, None]).sum(1)
-    return rows, (column_top, jnp.exp(logits - column_top).sum(0))
-
-
-def _merge(problem: ContrastiveProblem, one: Any, other: Any) -> Any:
-    """Statistics of the same rows or columns over two blocks."""
-    if problem.kind == "sigmoid":
-        return jax.tree.map(jnp.add, one, other)
-    top = jnp.maximum(one[0], other[0])
-    return top, one[1] * jnp.exp(one[0] - top) + other[1] * jnp.exp(other[0] - top)
-
-
-# ---------------------------------------------------------------------------------------- all at once: [b, B] logits
-
-
-def _gathered_statistics(problem: ContrastiveProblem, operands: ContrastiveOperands) -> tuple[Any, Any]:
-    logits = _logits(operands, _similarity(operands.image, _gather(problem, operands.text)))
-    rows, columns = _statistics(problem, logits, _gathered_own(problem))
-    if problem.kind == "sigmoid" or not problem.axis_names:
-        return rows, columns
-    top = lax.pmax(columns[0], problem.axis_names)
-    total = lax.psum(columns[1] * jnp.exp(columns[0] - top), problem.axis_names)
-    return rows, tuple(lax.dynamic_slice_in_dim(x, _first_row(problem), problem.batch) for x in (top, total))
-
-
-def _gathered_gradients(problem: ContrastiveProblem, operands: ContrastiveOperands, rows: Any, columns: Any):
-    image, text = operands.image, operands.text
-    own = _gathered_own(problem)
-    all_text = _gather(problem, text)
-    weights = _weights(problem, _logits(operands, _similarity(image, all_text)), rows, _gather(problem, columns), own)
-    d_image = _similarity(weights.astype(problem.dtype), all_text, "ij,jd->id")
-    if not problem.axis_names:
-        return d_image, _similarity(weights.astype(problem.dtype), image, "ij,id->jd"), weights.sum()
-    all_image = _gather(problem, image)
-    text_weights = _weights(
-        problem, _logits(operands, _similarity(text, all_image)), columns, _gather(problem, rows), own
+        tops = (jnp.maximum(others.max(axis), LOWEST) for axis in (1, 0))
+        losses = jax.nn.softplus(others) * _factors(rows, columns)
+        return Statistics(next(tops), losses.sum(1), own_of(logits)), Statistics(next(tops))
+    (top, total, _), of_columns = _peaks(others)
+    of_rows = Statistics(top, total, own_of(logits))
+    of_columns = Statistics(*of_columns[:2])
+    if problem.teacher_features is None:
+        return of_rows, of_columns
+    teacher = _teacher_logits(scalars, rows, columns)
+    others = jnp.where(is_own, -jnp.inf, _among_pairs(teacher, rows, columns))
+    first, second = (
+        dict(zip(("teacher_top", "teacher_total", "moment"), peak, strict=True)) for peak in _peaks(others, logits)
     )
-    return d_image, _similarity(text_weights.astype(problem.dtype), all_image, "ij,jd->id"), weights.sum()
+    return of_rows._replace(**first, teacher_own=own_of(teacher)), of_columns._replace(**second)
 
 
-def _gathered_own(problem: ContrastiveProblem) -> jax.Array:
-    """[b, B], True where row and column are one pair."""
-    return jnp.arange(problem.batch)[:, None] + _first_row(problem) == jnp.arange(_global_batch(problem))
+def _factors(rows: Side, columns: Side) -> Any:
+    return 1 if rows.weight is None else rows.weight[:, None] / 2 + columns.weight / 2
 
 
-def _gather(problem: ContrastiveProblem, tree: Any) -> Any:
-    return lax.all_gather(tree, problem.axis_names, tiled=True) if problem.axis_names else tree
+def _weights(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array) -> jax.Array:
+    """N * d loss / d logits of a block, 0 for own logits."""
+    row_terms, column_terms = rows.terms, columns.terms
+    logits = _among_pairs(_logits(scalars, rows, columns), rows, columns)
 
+    def softmaxes(logits, tops, factors):
+        by_row = jnp.exp(logits - tops[0][:, None]) * factors[0][:, None]
+        return by_row + jnp.exp(logits - tops[1]) * factors[1]
 
-# ------------------------------------------------------------------------------------- around a ring: [b, b] logits
-
-
-def _ring_statistics(problem: ContrastiveProblem, operands: ContrastiveOperands) -> tuple[Any, Any]:
-    """Texts travel, and the statistics of their columns with them."""
-
-    def block(text: jax.Array, own: Any) -> tuple[Any, Any]:
-        return _statistics(problem, _logits(operands, _similarity(operands.image, text)), own)
-
-    def step(carry, _):
-        text, rows, columns = carry
-        text, columns = _hop(problem, (text, columns))
-        more_rows, more_columns = block(text, False)
-        return (text, _merge(problem, rows, more_rows), _merge(problem, columns, more_columns)), None
-
-    start = (operands.text, *block(operands.text, jnp.eye(problem.batch, dtype=bool)))
-    (_, rows, columns), _ = lax.scan(step, start, length=_devices(problem) - 1)
-    return rows, _hop(problem, columns)
-
-
-def _ring_gradients(problem: ContrastiveProblem, operands: ContrastiveOperands, rows: Any, columns: Any):
-    """Texts travel with the statistics of their columns and with the gradient they have gathered so far."""
-
-    def block(text: jax.Array, columns: Any, own: Any):
-        weights = _weights(problem, _logits(operands, _similarity(operands.image, text)), rows, columns, own)
-        small = weights.astype(problem.dtype)
-        d_image, d_text = _similarity(small, text, "ij,jd->id"), _similarity(small, operands.image, "ij,id->jd")
-        return d_image, d_text, weights.sum()
-
-    def step(carry, _):
-        text, columns, d_image, d_text, total = carry
-        text, columns, d_text = _hop(problem, (text, columns, d_text))
-        more_image, more_text, more_total = block(text, columns, False)
-        return (text, columns, d_image + more_image, d_text + more_text, total + more_total), None
-
-    start = (operands.text, columns, *block(operands.text, columns, jnp.eye(problem.batch, dtype=bool)))
-    (_, _, d_image, d_text, total), _ = lax.scan(step, start, length=_devices(problem) - 1)
-    return d_image, _hop(problem, d_text), total
-
-
-def _hop(problem: ContrastiveProblem, tree: Any) -> Any:
-    """Everything to the next device."""
-    devices = _devices(problem)
-    return lax.ppermute(tree, problem.axis_names, [(i, (i + 1) % devices) for i in range(devices)])
-
-
-# ------------------------------------------------------------------------------------------------------------ devices
-
-
-def _devices(problem: ContrastiveProblem) -> int:
-    return lax.axis_size(problem.axis_names) if problem.axis_names else 1
-
-
-def _global_batch(problem: ContrastiveProblem) -> int:
-    return problem.batch * _devices(problem)
-
-
-def _first_row(problem: ContrastiveProblem) -> Any:
-    return lax.axis_index(problem.axis_names) * problem.batch if problem.axis_names else 0
-
-
-def _sum(problem: ContrastiveProblem, x: jax.Array) -> jax.Array:
-    return lax.psum(x, problem.axis_names) if problem.axis_names else x
-
-
-def _varying_axes(x: Any) -> frozenset[Any]:
-    """Mesh axes along which jax takes x to differ; none where a shard_map does not track that."""
-    return jax.typeof(x).mat.varying
-
-
-def _tracks_replication(problem: ContrastiveProblem) -> bool:
-    """Whether the shard_map around tells replicated from varying values (`check_vma`)."""
-    return bool(_varying_axes(lax.axis_index(problem.axis_names)))
-
-
-def _varying(x: jax.Array, axis_names: tuple[Any, ...]) -> jax.Array:
-    """x as a value that may differ along the axes; the transposition sums what that replicated."""
-    if not axis_names or not _varying_axes(lax.axis_index(axis_names)):
-        return x
-    return lax.pcast(x, tuple(set(axis_names) - _varying_axes(x)), to="varying")
-
-
-def _like(problem: ContrastiveProblem, part: jax.Array, primal: jax.Array) -> jax.Array:
-    """This device's part of a scalar's gradient, as the scalar's own cotangent.
-
-    A scalar that jax knows to be replicated wants the sum over devices; for any other, jax sums later.
-    """
-    if problem.axis_names and _tracks_replication(problem):
-        part = lax.psum(part, tuple(name for name in problem.axis_names if name not in _varying_axes(primal)))
-    return part.astype(primal.dtype)
+    if problem.kind == "sigmoid":
+        weights = jax.nn.sigmoid(logits) * (row_terms.factor[:, None] + column_terms.factor)
+    else:
+        weights = softmaxes(logits, (row_terms.top, column_terms.top), (row_terms.factor, column_terms.factor))
+    if problem.teacher_features is not None:
+        logits = _among_pairs(_teacher_logits(scalars, rows, columns), rows, columns)
+        tops = row_terms.teacher_top, column_terms.teacher_top
+        weights -= softmaxes(logits, tops, (row_terms.teacher_factor, column_terms.teacher_factor))
+    return jnp.where(_is_own(rows, columns, own), 0, weights)

@@ -163,48 +163,128 @@ def _log_softmax(x: Array, axis: int) -> Array:
     return x - np.log(np.exp(x).sum(axis, keepdims=True))
 
 
-def contrastive_loss(image, text, logit_scale) -> float:
+def _pair_weights(weights, batch: int) -> tuple[Array, Array]:
+    """Weights that sum to one, and which pairs there are."""
+    weights = np.ones(batch) if weights is None else _f64(weights)
+    is_pair = weights > 0
+    weights = np.where(is_pair, weights, 0.0)
+    return weights / max(weights.sum(), np.finfo(float).tiny), is_pair
+
+
+def _similarity(image, text, is_pair: Array) -> Array:
+    image, text = (np.where(is_pair[:, None], _f64(x), 0.0) for x in (image, text))
+    return image @ text.T
+
+
+def _contrastive_parts(
+    image, text, logit_scale, label_smoothing, weights, teacher_image, teacher_text, teacher_scale, teacher_weight
+):
+    """Loss, d loss / d logits, similarities."""
+    batch = len(image)
+    weights, is_pair = _pair_weights(weights, batch)
+    if not is_pair.any():
+        return 0.0, np.zeros((batch, batch)), np.zeros((batch, batch))
+    similarity = _similarity(image, text, is_pair)
+    logits = _f64(logit_scale) * similarity
+    seen = np.where(is_pair[:, None] & is_pair, 0.0, -np.inf)
+    loss, d_logits = 0.0, np.zeros((batch, batch))
+    for turn in (np.transpose, np.asarray):
+        rows = turn(logits)[is_pair]
+        hidden = turn(seen)[is_pair]
+        target = (1 - label_smoothing) * np.eye(batch)[is_pair] + label_smoothing * is_pair / is_pair.sum()
+        if teacher_image is not None:
+            teacher = turn(_f64(teacher_scale) * _similarity(teacher_image, teacher_text, is_pair))[is_pair]
+            target = target + _f64(teacher_weight) * np.exp(_log_softmax(teacher + hidden, 1))
+        log_p = _log_softmax(rows + hidden, 1)
+        share = weights[is_pair, None] / 2
+        loss -= (share * target * np.where(np.isfinite(log_p), log_p, 0.0)).sum()
+        part = np.zeros((batch, batch))
+        part[is_pair] = share * (np.exp(log_p) * target.sum(1, keepdims=True) - target)
+        d_logits += turn(part)
+    return float(loss), d_logits, similarity
+
+
+def contrastive_loss(
+    image,
+    text,
+    logit_scale,
+    *,
+    label_smoothing=0.0,
+    weights=None,
+    teacher_image=None,
+    teacher_text=None,
+    teacher_scale=None,
+    teacher_weight=1.0,
+) -> float:
     """Symmetric InfoNCE of the whole batch: image, text [B, D]; pair i belongs to row i and to no other.
 
-    mean over i of (-log softmax_j(s_ij)[i] - log softmax_j(s_ji)[i]) / 2 with s = logit_scale * image @ text.T.
+    mean over i of (-log softmax_j(s_ij)[i] - log softmax_j(s_ji)[i]) / 2 with s = logit_scale * image @ text.T, and
+    the options as `clipa_kernels.contrastive_loss` has them.
     """
-    logits = _f64(logit_scale) * (_f64(image) @ _f64(text).T)
-    return float(-(np.diag(_log_softmax(logits, 1)) + np.diag(_log_softmax(logits, 0))).mean() / 2)
+    teacher = teacher_image, teacher_text, teacher_scale, teacher_weight
+    return _contrastive_parts(image, text, logit_scale, label_smoothing, weights, *teacher)[0]
 
 
-def contrastive_loss_grad(image, text, logit_scale) -> dict[str, Any]:
+def contrastive_loss_grad(
+    image,
+    text,
+    logit_scale,
+    *,
+    label_smoothing=0.0,
+    weights=None,
+    teacher_image=None,
+    teacher_text=None,
+    teacher_scale=None,
+    teacher_weight=1.0,
+) -> dict[str, Any]:
     """Gradients of `contrastive_loss`: "image" and "text" [B, D], "logit_scale" a float."""
-    similarity = _f64(image) @ _f64(text).T
-    logits = _f64(logit_scale) * similarity
-    batch = len(logits)
-    weights = np.exp(_log_softmax(logits, 1)) + np.exp(_log_softmax(logits, 0)) - 2 * np.eye(batch)
-    return _pair_gradients(image, text, logit_scale, similarity, weights / (2 * batch))
+    teacher = teacher_image, teacher_text, teacher_scale, teacher_weight
+    _, d_logits, similarity = _contrastive_parts(image, text, logit_scale, label_smoothing, weights, *teacher)
+    return _pair_gradients(image, text, logit_scale, similarity, d_logits, weights)
 
 
-def sigmoid_loss(image, text, logit_scale, logit_bias) -> float:
+def _sigmoid_parts(image, text, logit_scale, logit_bias, label_smoothing, weights):
+    """Loss, d loss / d logits, similarities."""
+    weights, is_pair = _pair_weights(weights, len(image))
+    similarity = _similarity(image, text, is_pair)
+    logits = _f64(logit_scale) * similarity + _f64(logit_bias)
+    label = (1 - label_smoothing) * np.eye(len(logits)) + label_smoothing / 2
+    share = (is_pair[:, None] & is_pair) * (weights[:, None] + weights) / 2
+    loss = (share * (label * np.logaddexp(0, -logits) + (1 - label) * np.logaddexp(0, logits))).sum()
+    chance, rest = (np.exp(-np.logaddexp(0, x)) for x in (-logits, logits))
+    return float(loss), share * ((1 - label) * chance - label * rest), similarity
+
+
+def sigmoid_loss(image, text, logit_scale, logit_bias, *, label_smoothing=0.0, weights=None) -> float:
     """SigLIP's loss of the whole batch: image, text [B, D].
 
-    -1/B sum_ij log sigmoid(z_ij * (logit_scale * image_i . text_j + logit_bias)), z_ij = 1 on the diagonal, else -1.
+    -1/B sum_ij log sigmoid(z_ij * (logit_scale * image_i . text_j + logit_bias)), z_ij = 1 on the diagonal, else -1,
+    and the options as `clipa_kernels.sigmoid_loss` has them.
     """
-    logits = _f64(logit_scale) * (_f64(image) @ _f64(text).T) + _f64(logit_bias)
-    sign = 2 * np.eye(len(logits)) - 1
-    return float(np.logaddexp(0, -sign * logits).sum() / len(logits))
+    return _sigmoid_parts(image, text, logit_scale, logit_bias, label_smoothing, weights)[0]
 
 
-def sigmoid_loss_grad(image, text, logit_scale, logit_bias) -> dict[str, Any]:
+def sigmoid_loss_grad(image, text, logit_scale, logit_bias, *, label_smoothing=0.0, weights=None) -> dict[str, Any]:
     """Gradients of `sigmoid_loss`: "image" and "text" [B, D], "logit_scale" and "logit_bias" floats."""
-    similarity = _f64(image) @ _f64(text).T
-    sign = 2 * np.eye(len(similarity)) - 1
-    margin = sign * (_f64(logit_scale) * similarity + _f64(logit_bias))
-    weights = -sign * np.exp(-np.logaddexp(0, margin)) / len(similarity)
-    return {**_pair_gradients(image, text, logit_scale, similarity, weights), "logit_bias": float(weights.sum())}
+    _, d_logits, similarity = _sigmoid_parts(image, text, logit_scale, logit_bias, label_smoothing, weights)
+    gradients = _pair_gradients(image, text, logit_scale, similarity, d_logits, weights)
+    return {**gradients, "logit_bias": float(d_logits.sum())}
 
 
-def _pair_gradients(image, text, logit_scale, similarity: Array, weights: Array) -> dict[str, Any]:
-    """From weights_ij = d loss / d logit_ij."""
-    scale = _f64(logit_scale)
+def in_batch_accuracy(image, text, *, weights=None) -> tuple[float, float]:
+    """Weighted share of images whose own text is closer than all others of the batch, and of texts likewise."""
+    weights, is_pair = _pair_weights(weights, len(image))
+    similarity = np.where(is_pair[:, None] & is_pair, _similarity(image, text, is_pair), -np.inf)
+    others = np.where(np.eye(len(similarity), dtype=bool), -np.inf, similarity)
+    own = np.diag(similarity)
+    return float(weights @ (own > others.max(1))), float(weights @ (own > others.max(0)))
+
+
+def _pair_gradients(image, text, logit_scale, similarity: Array, d_logits: Array, weights) -> dict[str, Any]:
+    scale, (_, is_pair) = _f64(logit_scale), _pair_weights(weights, len(image))
+    image, text = (np.where(is_pair[:, None], _f64(x), 0.0) for x in (image, text))
     return {
-        "image": scale * (weights @ _f64(text)),
-        "text": scale * (weights.T @ _f64(image)),
-        "logit_scale": float((weights * similarity).sum()),
+        "image": scale * (d_logits @ text),
+        "text": scale * (d_logits.T @ image),
+        "logit_scale": float((d_logits * similarity).sum()),
     }

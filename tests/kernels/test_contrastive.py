@@ -123,7 +123,7 @@ X = jnp.ones((4, 8))
         ({"logit_scale": jnp.ones(4)}, "logit_scale must be a number or a float array of shape"),
         ({"logit_scale": jnp.int32(4)}, "logit_scale must be a number or a float array of shape"),
         ({"logit_scale": None}, "logit_scale must be"),
-        ({"exchange": "gather"}, "exchange must be 'all_gather' or 'ring'; got 'gather'"),
+        ({"exchange": "gather"}, "exchange must be 'all_gather', 'ring' or a tuple of these; got 'gather'"),
         ({"axis_name": ["data"]}, "axis_name must be"),
         ({"axis_name": ("data", "data")}, "axis_name must be"),
         ({"implementation": "torch"}, "implementation must be None or one of"),

@@ -169,3 +169,45 @@ def logit_shapes(jaxpr):
             inner = getattr(parameter, "jaxpr", parameter)
             if hasattr(inner, "eqns"):
                 yield from logit_shapes(inner)
+
+
+def options_of(name, kind):
+    rng = np.random.default_rng(8)
+    options = {"label_smoothing": 0.1, "weights": np.maximum(0, rng.normal(1, 1, DEVICES * ROWS)).astype(np.float32)}
+    options["weights"][:ROWS] = 0  # a device that has padding only
+    if kind == "contrastive":
+        teacher = rng.standard_normal((2, DEVICES * ROWS, 5))
+        teacher = teacher / np.linalg.norm(teacher, axis=-1, keepdims=True)
+        options |= dict(zip(("teacher_image", "teacher_text"), jnp.asarray(teacher, jnp.float32), strict=True))
+        options |= {"teacher_scale": jnp.float32(8.0), "teacher_weight": 0.5}
+    return options if name == "all" else {}
+
+
+@needs_devices
+@pytest.mark.parametrize("options", ["none", "all"])
+@pytest.mark.parametrize("exchange", ["all_gather", "ring", ("ring", "all_gather"), ("all_gather", "ring")])
+@pytest.mark.parametrize("kind", sorted(LOSSES))
+def test_options_from_plain_jit_with_a_mesh(kind, exchange, options):
+    """Whatever the exchange of each axis: value, accuracy and gradients of one device in float64."""
+    operands, *_ = problem(kind)
+    options = options_of(options, kind)
+    argnums = tuple(range(len(operands)))
+
+    def loss(*operands):
+        mesh = mesh_of(("host", "device"))
+        return LOSSES[kind](*operands, **options, mesh=mesh, exchange=exchange, return_accuracy=True)
+
+    (value, accuracy), gradients = jax.jit(jax.value_and_grad(loss, argnums, has_aux=True))(*operands)
+    exact = getattr(reference, f"{kind}_loss_grad")(*operands, **options)
+    check(value, gradients, getattr(reference, f"{kind}_loss")(*operands, **options), exact.values())
+    expected = reference.in_batch_accuracy(*operands[:2], weights=options.get("weights"))
+    np.testing.assert_allclose(accuracy, expected, atol=1e-6)
+
+
+@needs_devices
+def test_a_mesh_that_does_not_divide_the_batch_is_named():
+    rows = jnp.ones((12, 4))
+    with pytest.raises(ValueError, match="image must have a multiple of 8 rows, the devices of mesh; got 12"):
+        contrastive_loss(rows, rows, 1.0, mesh=mesh_of("data"))
+    with pytest.raises(ValueError, match="axis_name must name axes of mesh, 'data'; got 'model'"):
+        contrastive_loss(rows, rows, 1.0, mesh=mesh_of("data"), axis_name="model")

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +62,9 @@ def test_attention_gradients_are_finite_differences(bias_shape, masked):
         np.testing.assert_allclose((gradients[name] * direction).sum(), difference, atol=1e-7, err_msg=name)
 
 
+@pytest.mark.parametrize("options", ["plain", "smoothed", "weighted", "taught", "all"])
 @pytest.mark.parametrize("kind", ["contrastive", "sigmoid"])
-def test_loss_gradients_are_finite_differences(kind):
+def test_loss_gradients_are_finite_differences(kind, options):
     rng = np.random.default_rng(1)
     arguments = {
         "image": rng.standard_normal((6, 5)),
@@ -71,10 +73,20 @@ def test_loss_gradients_are_finite_differences(kind):
     }
     if kind == "sigmoid":
         arguments["logit_bias"] = np.float64(-0.8)
-    gradients = getattr(reference, f"{kind}_loss_grad")(**arguments)
+    fixed = {}
+    if options in ("smoothed", "all"):
+        fixed["label_smoothing"] = 0.2
+    if options in ("weighted", "all"):
+        fixed["weights"] = np.array([0.5, 0.0, 2.0, 1.0, 0.0, 3.0])
+    if options in ("taught", "all") and kind == "contrastive":
+        teacher_image, teacher_text = rng.standard_normal((2, 6, 3))
+        fixed |= {"teacher_image": teacher_image, "teacher_text": teacher_text, "teacher_scale": 2.0}
+        fixed["teacher_weight"] = 0.7
+    gradients = getattr(reference, f"{kind}_loss_grad")(**arguments, **fixed)
     assert set(gradients) == set(arguments)
     for name in arguments:
-        difference, direction = directional(getattr(reference, f"{kind}_loss"), arguments, name, rng)
+        loss = partial(getattr(reference, f"{kind}_loss"), **fixed)
+        difference, direction = directional(loss, arguments, name, rng)
         np.testing.assert_allclose((gradients[name] * direction).sum(), difference, atol=1e-7, err_msg=name)
 
 
@@ -149,3 +161,39 @@ def test_losses_at_their_known_values():
     assert reference.contrastive_loss(same, same, 1000.0) == pytest.approx(np.log(8))
     assert reference.contrastive_loss(np.eye(8), np.eye(8), 1000.0) == pytest.approx(0, abs=1e-12)
     assert reference.sigmoid_loss(np.zeros((8, 4)), same, 10.0, 0.0) == pytest.approx(8 * np.log(2))
+
+
+def test_options_of_losses_mean_what_they_say():
+    """Against plain jax and against calls without options."""
+    rng = np.random.default_rng(2)
+    image, text, teacher_image, teacher_text = rng.standard_normal((4, 5, 3))
+    logits = [4.0 * image @ text.T, 4.0 * text @ image.T]
+
+    def cross_entropy(targets):
+        return sum(-(t * np.asarray(jax.nn.log_softmax(x))).sum() / 10 for x, t in zip(logits, targets, strict=True))
+
+    with jax.enable_x64(True):
+        smooth = [0.7 * np.eye(5) + 0.3 / 5] * 2
+        smoothed = reference.contrastive_loss(image, text, 4.0, label_smoothing=0.3)
+        assert smoothed == pytest.approx(cross_entropy(smooth), rel=1e-6)
+        teacher = [2.0 * teacher_image @ teacher_text.T, 2.0 * teacher_text @ teacher_image.T]
+        taught = reference.contrastive_loss(
+            image, text, 4.0, teacher_image=teacher_image, teacher_text=teacher_text, teacher_scale=2.0
+        )
+        distilled = cross_entropy([np.asarray(jax.nn.softmax(x)) for x in teacher])
+        assert taught == pytest.approx(reference.contrastive_loss(image, text, 4.0) + distilled, rel=1e-6)
+    kept = [0, 2, 3]
+    for loss, scalars in ((reference.contrastive_loss, (4.0,)), (reference.sigmoid_loss, (4.0, -1.0))):
+        masked = loss(image, text, *scalars, weights=[1, 0, 1, 1, 0])
+        assert masked == pytest.approx(loss(image[kept], text[kept], *scalars))
+        assert loss(image, text, *scalars, weights=[3.0] * 5) == pytest.approx(loss(image, text, *scalars))
+        assert loss(image, text, *scalars, weights=[0] * 5) == 0
+
+
+def test_a_tie_is_no_hit():
+    image = np.eye(4)
+    assert reference.in_batch_accuracy(image, image) == (1.0, 1.0)
+    # Texts 0 and 1 are one and the same: neither is first for its image, but each has no better image than its own.
+    text = image[[0, 0, 2, 3]]
+    assert reference.in_batch_accuracy(image, text) == (0.5, 0.75)
+    assert reference.in_batch_accuracy(image, text, weights=[0, 1, 1, 2]) == (0.75, 0.75)

@@ -1,1 +1,1 @@
-"""Attention kernels for TPU, written in Pallas."""
+"""Attention and contrastive-loss kernels for TPU, written in Pallas."""

@@ -1,0 +1,196 @@
+"""The losses as one differentiable function, whatever makes the blocks of logits and however devices exchange rows.
+
+Gradients are written by hand, so that they are those of the dense loss of the global batch on every device, whatever
+jax tracks about replication. With weights_ij = d loss / d logit_ij they are
+d_image = scale * weights @ text, d_text = scale * weights^T @ image, d_scale = sum(weights * similarity), the last of
+which is the sum of d_image * image / scale. Every device makes the gradients of its own rows and of its own columns
+from tiles of its own, so that no gradient has to travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from clipa_kernels import contrastive_exchange as exchange
+from clipa_kernels import contrastive_terms as terms
+from clipa_kernels.contrastive_problem import ContrastiveOperands, ContrastiveProblem
+from clipa_kernels.contrastive_terms import FeatureSums, Pairs, Scalars, Side, Statistics
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How one implementation computes with a block of logits, rows x columns, without keeping it.
+
+    `own` is an int32 scalar, the column that belongs to row 0: row r belongs to column own + r, if there is one.
+
+    Attributes:
+      statistics: (problem, scalars, rows, columns, own) -> statistics of rows and of columns.
+      gradient: (problem, scalars, rows, columns, own, initial) -> `initial` (or None for zeros) + weights @ columns'
+        features, float32 [rows, D], and for sigmoid the sum of all weights. Own weights count as zeros.
+      gradients: None, or (problem, scalars, rows, columns, own) -> both sides' gradients, and the sum of weights,
+        from one pass over the block.
+    """
+
+    statistics: Callable[..., tuple[Statistics, Statistics]]
+    gradient: Callable[..., tuple[jax.Array, jax.Array | None]]
+    gradients: Callable[..., tuple[jax.Array, jax.Array, jax.Array | None]] | None = None
+
+
+class InBatchAccuracy(NamedTuple):
+    """Share of the batch whose own logit is above all others, float32 []: a tie with another pair is a miss."""
+
+    image_to_text: jax.Array
+    text_to_image: jax.Array
+
+
+def loss(blocks: Blocks, problem: ContrastiveProblem, operands: ContrastiveOperands):
+    """The loss of the global batch and the `InBatchAccuracy`."""
+    if operands.weights is not None:  # booleans and integers have no cotangent that could be a float
+        operands = operands._replace(weights=operands.weights.astype(jnp.promote_types(problem.dtype, jnp.float32)))
+    per_pair = {name: getattr(operands, name) for name in ("image", "text", "weights", "teacher_image", "teacher_text")}
+    operands = operands._replace(**exchange.varying(per_pair, problem.axis_names))
+    return _loss(blocks, problem, ContrastiveOperands(*operands[:4], *jax.lax.stop_gradient(operands[4:])))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss(blocks: Blocks, problem: ContrastiveProblem, operands: ContrastiveOperands):
+    return _forward(blocks, problem, operands)[0]
+
+
+class _Batch(NamedTuple):
+    """The operands as both directions need them. `count`: pairs in the global batch, `weight` of mean 1 among them."""
+
+    image: Side
+    text: Side
+    scalars: Scalars
+    count: Any
+    sums: FeatureSums | None
+
+
+def _batch(problem: ContrastiveProblem, operands: ContrastiveOperands) -> _Batch:
+    dtype = jnp.promote_types(problem.dtype, jnp.float32)
+    sides = [operands.image, operands.text], [operands.teacher_image, operands.teacher_text]
+    weight, count = operands.weights, problem.batch * exchange.device_count(problem)
+    if weight is not None:
+        is_pair = weight > 0
+        weight = jnp.where(is_pair, weight, 0).astype(dtype)
+        count, total = exchange.summed((is_pair.sum(dtype=dtype), weight.sum()), problem.axis_names)
+        weight *= count / jnp.where(total > 0, total, 1)
+        # What stands in rows that are no pairs may be anything, NaN included.
+        sides = [[x if x is None else jnp.where(is_pair[:, None], x, 0) for x in pair] for pair in sides]
+    image, text = (Side(features, teacher, weight) for features, teacher in zip(*sides, strict=True))
+    used = operands.logit_bias, operands.teacher_scale, operands.teacher_weight
+    scalars = Scalars(operands.logit_scale.astype(dtype), *(None if x is None else x.astype(dtype) for x in used))
+    sums = None
+    if problem.label_smoothing:
+        plain = [side.features.astype(dtype) for side in (image, text)]
+        weighted = plain if weight is None else [x * weight[:, None] for x in plain]
+        sums = exchange.summed(FeatureSums(*(x.sum(0) for x in (*plain, *weighted))), problem.axis_names)
+    return _Batch(image, text, scalars, count, sums)
+
+
+def _forward(blocks: Blocks, problem: ContrastiveProblem, operands: ContrastiveOperands):
+    batch = _batch(problem, operands)
+    columns = exchange.gathered(problem, batch.text)
+    rows_and_columns = _statistics(blocks, problem, batch, columns)
+    weight = _weight(batch)
+    pairs = terms.pairs(problem, batch.scalars, *rows_and_columns, weight)
+    sums = (pairs.loss.sum(), (weight * pairs.row_first).sum(), (weight * pairs.column_first).sum())
+    total, *right = exchange.summed(sums, problem.axis_names)
+    if batch.sums is not None:
+        total += terms.spread_out(problem, batch.scalars, batch.sums, batch.count)[0]
+    accuracy = InBatchAccuracy(*(x.astype(jnp.float32) / jnp.float32(_divisor(batch)) for x in right))
+    return (total / _divisor(batch), accuracy), (operands, batch, pairs, columns if problem.gather_axes else None)
+
+
+def _statistics(blocks: Blocks, problem: ContrastiveProblem, batch: _Batch, columns: Side):
+    """Of this device's rows and columns over the global batch. Those of columns travel with the columns."""
+    dtype = batch.scalars.scale.dtype
+    nothing = partial(terms.nothing, problem, dtype=dtype)
+    start = nothing(problem.batch, of_rows=True), nothing(columns.features.shape[0], of_rows=False)
+
+    def work(columns, own, state):
+        new = blocks.statistics(problem, batch.scalars, batch.image, columns, own)
+        rows, of_columns = (terms.merged(problem, *both) for both in zip(state, new, strict=True))
+        return rows, exchange.passed_on(problem, of_columns)
+
+    rows, of_columns = exchange.around(problem, columns, start, work)
+    axes = problem.gather_axes
+    tops = jax.tree.map(lambda x: exchange.largest(x, axes), (of_columns.top, of_columns.teacher_top))
+    of_columns = terms.rebased(problem, of_columns, *tops)
+    of_columns = exchange.summed(of_columns, axes)._replace(top=tops[0], teacher_top=tops[1])
+    return rows, exchange.own_rows(problem, of_columns)
+
+
+def _backward(blocks: Blocks, problem: ContrastiveProblem, residuals, cotangents):
+    operands, batch, pairs, all_text = residuals
+    cotangent = cotangents[0]
+    if problem.axis_names and not exchange.tracks_replication(problem.axis_names):
+        # Each device then holds its own copy of the loss, and a part of the cotangent.
+        cotangent = exchange.summed(cotangent, problem.axis_names)
+    d_image, d_text, weight_sum = _feature_gradients(blocks, problem, batch, pairs, all_text)
+    image, text = (side.features.astype(d_image.dtype) for side in (batch.image, batch.text))
+    d_image += pairs.own_weight[:, None] * text
+    d_text += pairs.own_weight[:, None] * image
+    weight_sum = pairs.own_weight.sum() + (0 if weight_sum is None else weight_sum)
+    if batch.sums is not None:
+        factor = terms.spread_out(problem, batch.scalars, batch.sums, batch.count)[1]
+        weight = _weight(batch)[:, None]
+        is_pair = weight > 0
+        d_image -= factor / 2 * (weight * batch.sums.text + is_pair * batch.sums.weighted_text)
+        d_text -= factor / 2 * (weight * batch.sums.image + is_pair * batch.sums.weighted_image)
+        weight_sum -= factor * batch.count * weight.sum()
+    factor = cotangent / _divisor(batch)
+    d_scale = exchange.cotangent_like(problem, factor * jnp.sum(d_image * image), operands.logit_scale)
+    d_bias = None
+    if operands.logit_bias is not None:
+        d_bias = exchange.cotangent_like(problem, factor * weight_sum, operands.logit_bias)
+    d_image, d_text = ((factor * batch.scalars.scale * x).astype(problem.dtype) for x in (d_image, d_text))
+    constants = jax.tree.map(jnp.zeros_like, tuple(operands[4:]))
+    return (ContrastiveOperands(d_image, d_text, d_scale, d_bias, *constants),)
+
+
+_loss.defvjp(_forward, _backward)
+
+
+def _feature_gradients(blocks: Blocks, problem: ContrastiveProblem, batch: _Batch, pairs: Pairs, all_text: Any):
+    """Sums over all other pairs of d loss / d logit times features: for image, for text; and without features."""
+    image, text = batch.image._replace(terms=pairs.row_terms), batch.text._replace(terms=pairs.column_terms)
+    if not problem.axis_names and blocks.gradients is not None:
+        return blocks.gradients(problem, batch.scalars, image, text, jnp.int32(0))
+
+    def of_rows(rows, columns):
+        start = None, None
+        if problem.ring_axes:
+            zero = jnp.zeros((), batch.scalars.scale.dtype)
+            start = jnp.zeros(rows.features.shape, zero.dtype), zero if problem.kind == "sigmoid" else None
+
+        def work(columns, own, state):
+            features, total = state
+            features, more = blocks.gradient(problem, batch.scalars, rows, columns, own, features)
+            return features, more if total is None else total + more
+
+        return exchange.around(problem, columns, start, work)
+
+    all_text = (text if all_text is None else all_text)._replace(terms=exchange.gathered(problem, text.terms))
+    d_image, weight_sum = of_rows(image, all_text)
+    d_text, _ = of_rows(text, exchange.gathered(problem, image))
+    return d_image, d_text, weight_sum
+
+
+def _divisor(batch: _Batch) -> Any:
+    """What turns sums over pairs into means; of no pair at all the loss is 0."""
+    return jnp.maximum(batch.count, 1)
+
+
+def _weight(batch: _Batch) -> jax.Array:
+    """[b], ones where none were given."""
+    if batch.image.weight is not None:
+        return batch.image.weight
+    return jnp.ones(batch.image.features.shape[0], batch.scalars.scale.dtype)
