@@ -3,7 +3,14 @@
 import importlib
 import sys
 
-MEASUREMENTS = ("attention_blocks", "attention_static", "train_step", "train_step_static")
+MEASUREMENTS = (
+    "attention_blocks",
+    "attention_static",
+    "loss_memory",
+    "loss_static",
+    "train_step",
+    "train_step_static",
+)
 
 
 def main() -> None:
