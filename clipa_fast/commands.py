@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from clipa_fast.config import RunConfig
+from clipa_fast.config import DataConfig, RunConfig
 from clipa_fast.data.glyphs import GlyphSource
+from clipa_fast.data.preflight import preflight
 from clipa_fast.data.source import Source, all_captions
 from clipa_fast.encode import Encoder
 from clipa_fast.errors import UserError
@@ -31,10 +32,12 @@ def train_command(config: RunConfig, folder: Path, console: Console | None = Non
       UserError: what `check_run`, `start_run` and `open_source` find wrong.
     """
     console = console or Console()
-    source = open_source(config.data.train)
+    source = open_source(config.data, console=console)
     check_run(config, len(source))
     run = start_run(config, folder, source)
     console.print(f"{source.name}: {len(source):,} samples; run folder {folder}", highlight=False)
+    for line in preflight(source, config.data, config.stages):
+        console.print(line, highlight=False)
     train(run.config, folder, source, run.tokenizer, console)
     console.print(f"report: {write_run_report(run)}", highlight=False)
 
@@ -70,7 +73,7 @@ def eval_command(
     if output is not None and not output.parent.is_dir():
         raise UserError(f"output: no such folder: {output.parent}")
     encoder = Encoder.from_run(folder, batch_size)
-    source = open_source(data, "test_style")
+    source = open_source(DataConfig(data), "test_style", console)
     image_features = encoder.images(source)
     captions, owner = all_captions(source)
     groups = source.groups if isinstance(source, GlyphSource) else None

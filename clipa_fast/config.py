@@ -116,15 +116,24 @@ class DataConfig:
     """Where pictures and captions come from."""
 
     train: tuple[str, ...] = ("glyphs",)
-    """Tar shards: paths, globs or brace lists; or the built-in set `glyphs`."""
+    """Tar shards: paths or URLs (gs://, s3://, https://, "pipe:COMMAND"), globs or brace lists; or the built-in set
+    `glyphs`."""
+    weights: tuple[float, ...] = ()
+    """Share of the batch that each entry of `train` gets, on any scale; empty: as many as it has samples."""
     tokenizer: str | None = None
     """BERT vocab.txt, a folder holding one, or a tokenizers .json. None: a WordPiece trained on the run's captions."""
     trained_vocab_size: int = 4096
     """Entries of the WordPiece trained where no tokenizer is given."""
     workers: int = 2
-    """Threads that decode and crop."""
+    """Processes that decode and crop; threads where the pictures fit in memory."""
     cache_mb: int = 512
-    """Memory for decoded pictures of small sets, in MB; 0: none."""
+    """Memory for decoded pictures, in MB: sets that fit are decoded once."""
+    shuffle_shards: int = 64
+    """Shards mixed at a time, where there are too many samples to be permuted whole (250,000)."""
+    max_bad_share: float = 0.1
+    """Share of bad samples above which the run stops with a report; below, they are skipped and counted."""
+    cache_gb: float = 32.0
+    """Local disk for copies of remote shards, in GB."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +176,13 @@ def config_from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
     """The run described by plain dicts and lists. Raises UserError as `load_config` does."""
     if not isinstance(raw, dict):
         raise UserError(f"{where}: expected a mapping of fields, got {type(raw).__name__}")
-    hooks = {float: _to_float, int: _to_int, tuple[str, ...]: _to_strings, tuple[StageConfig, ...]: _to_stages}
+    hooks = {
+        float: _to_float,
+        int: _to_int,
+        tuple[str, ...]: _to_strings,
+        tuple[float, ...]: _to_floats,
+        tuple[StageConfig, ...]: _to_stages,
+    }
     try:
         return dacite.from_dict(RunConfig, raw, dacite.Config(strict=True, type_hooks=hooks))
     except dacite.UnexpectedDataError as error:
@@ -199,7 +214,7 @@ def _accepted(kind: Any) -> list[str]:
     if get_origin(kind) in (Union, UnionType):
         return [name for part in get_args(kind) for name in _accepted(part)]
     if get_origin(kind) is tuple:
-        return ["a list of texts" if get_args(kind)[0] is str else "a list of mappings"]
+        return [{str: "a list of texts", float: "a list of numbers"}.get(get_args(kind)[0], "a list of mappings")]
     if dataclasses.is_dataclass(kind):
         return [f"a mapping of {kind.__name__}'s fields"]
     return ["nothing" if kind is type(None) else getattr(kind, "__name__", str(kind))]
@@ -224,6 +239,12 @@ def _to_strings(value: Any) -> tuple[str, ...]:
     if isinstance(values, list | tuple) and all(isinstance(entry, str) for entry in values):
         return tuple(values)
     raise dacite.WrongTypeError(tuple[str, ...], value)
+
+
+def _to_floats(value: Any) -> tuple[float, ...]:
+    if isinstance(value, list | tuple):
+        return tuple(_to_float(entry) for entry in value)
+    raise dacite.WrongTypeError(tuple[float, ...], value)
 
 
 def _to_stages(value: Any) -> tuple[dict, ...]:

@@ -49,3 +49,15 @@ class StageProgress:
         """Leaves the last line standing."""
         if self._bar is not None:
             self._bar.stop()
+
+
+class PlainProgress:
+    """A line every ten seconds of something that is not training: call it with (done, all)."""
+
+    def __init__(self, what: str, console: Console):
+        self._what, self._console, self._last = what, console, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self._last > _PLAIN_SECONDS:
+            self._last = time.monotonic()
+            self._console.print(f"{self._what}: {done:,}/{total:,}", highlight=False)

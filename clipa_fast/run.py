@@ -10,15 +10,20 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipa_fast.config import RunConfig, config_to_yaml, load_config
+from rich.console import Console
+
+from clipa_fast.config import DataConfig, RunConfig, config_to_yaml, load_config
 from clipa_fast.data.glyphs import GlyphSource
 from clipa_fast.data.shards import ShardSource
 from clipa_fast.data.source import Source, all_captions
 from clipa_fast.errors import UserError
 from clipa_fast.model.presets import PAPER_VOCAB_SIZE, towers
+from clipa_fast.progress import PlainProgress
 from clipa_fast.text.tokenizer import WordPieceTokenizer
 
 GLYPHS = "glyphs"
+# Captions beyond these hardly change a trained vocabulary, and reading them all would read all shards.
+_VOCABULARY_SAMPLES = 500_000
 
 
 @dataclass(frozen=True)
@@ -31,19 +36,21 @@ class Run:
     tokenizer: WordPieceTokenizer
 
 
-def open_source(patterns: tuple[str, ...], split: str = "train") -> Source:
-    """The pictures and captions that `patterns` name: tar shards, or the built-in `glyphs`.
+def open_source(data: DataConfig, split: str = "train", console: Console | None = None) -> Source:
+    """The pictures and captions that `data.train` names: tar shards, or the built-in `glyphs`.
 
     Raises:
       UserError: nothing named, glyphs mixed with shards, or what `ShardSource` finds wrong.
     """
+    patterns = data.train
     if not patterns:
         raise UserError("data: no shards given; accepted: tar paths, globs, brace lists, or glyphs")
     if GLYPHS in patterns:
         if len(patterns) > 1:
             raise UserError(f"data: {GLYPHS} cannot be mixed with shards, got {', '.join(patterns)}")
         return GlyphSource(split)
-    return ShardSource(patterns)
+    progress = None if console is None else PlainProgress("indexing shards", console)
+    return ShardSource(patterns, max_bad_share=data.max_bad_share, cache_gb=data.cache_gb, on_progress=progress)
 
 
 def start_run(config: RunConfig, folder: Path, source: Source) -> Run:
@@ -100,5 +107,5 @@ def open_run(folder: Path) -> Run:
 def _make_tokenizer(config: RunConfig, source: Source) -> WordPieceTokenizer:
     path = config.data.tokenizer
     if path is None:
-        return WordPieceTokenizer.train(all_captions(source)[0], config.data.trained_vocab_size)
+        return WordPieceTokenizer.train(all_captions(source, _VOCABULARY_SAMPLES)[0], config.data.trained_vocab_size)
     return WordPieceTokenizer.from_file(path) if path.endswith(".json") else WordPieceTokenizer.from_vocabulary(path)

@@ -119,7 +119,9 @@ def check_run(config: RunConfig, num_samples: int) -> None:
     limits = {"seed": 0, "log_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1}
     _check_at_least("", config, limits)
     _check_at_least("model.", config.model, {"scan_unroll": 1})
-    _check_at_least("data.", config.data, {"workers": 0, "cache_mb": 0})
+    _check_at_least("data.", config.data, {"workers": 0, "cache_mb": 0, "shuffle_shards": 1, "cache_gb": 0})
+    if not 0.0 <= config.data.max_bad_share <= 1.0:
+        raise UserError(f"data.max_bad_share: must be in [0, 1], got {config.data.max_bad_share}")
     for index, stage in enumerate(config.stages):
         where = f"stages.{index}"
         if stage.batch_size < 1:
@@ -201,11 +203,14 @@ def _run_stage(config, state, position, source, tokenizer, checkpoints, metrics,
         num_steps=steps,
         workers=config.data.workers,
         cache_mb=config.data.cache_mb,
+        weights=config.data.weights,
+        shuffle_shards=config.data.shuffle_shards,
+        max_bad_share=config.data.max_bad_share,
     )
     progress = StageProgress(stage.name, steps, done, console)
     tokens = tokens_per_pair(config, stage)
     base_step, base_seconds, started = position.step - done, position.seconds, time.perf_counter()
-    window_step, window_time = done, started
+    window_step, window_time, window_waited = done, started, 0.0
     in_flight: deque = deque()
     batches = iter(loader)
     try:
@@ -228,7 +233,8 @@ def _run_stage(config, state, position, source, tokenizer, checkpoints, metrics,
             if logged:
                 now = time.perf_counter()
                 rate = (done - window_step) / (now - window_time)
-                window_step, window_time = done, now
+                waiting = (loader.waited - window_waited) / (now - window_time)
+                window_step, window_time, window_waited = done, now, loader.waited
                 row = {
                     "step": base_step + done,
                     "stage": stage.name,
@@ -238,6 +244,8 @@ def _run_stage(config, state, position, source, tokenizer, checkpoints, metrics,
                     "steps_per_second": rate,
                     "pairs_per_second": rate * stage.batch_size,
                     "tokens_per_second": rate * stage.batch_size * tokens,
+                    "input_wait": waiting,
+                    **loader.counts(),
                     "seconds": base_seconds + now - started,
                 }
                 metrics.write(row)
@@ -252,9 +260,8 @@ def _run_stage(config, state, position, source, tokenizer, checkpoints, metrics,
     finally:
         progress.close()
         batches.close()
-    if loader.replaced:
-        counts = ", ".join(f"{count} x {reason}" for reason, count in loader.replaced.items())
-        console.print(f"{stage.name}: unreadable pictures replaced by the next readable one: {counts}", highlight=False)
+        for line in loader.report():
+            console.print(f"{stage.name}: {line}", highlight=False)
     return state, position
 
 

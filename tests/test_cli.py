@@ -304,7 +304,7 @@ def test_help(capsys, arguments):
 def test_a_stop_before_training_has_no_traceback(workplace, tmp_path, capsys, monkeypatch):
     from clipa_fast import commands
 
-    def stopped(*arguments):
+    def stopped(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(commands, "open_source", stopped)

@@ -1,75 +1,192 @@
 """WebDataset tar shards in img2dataset's convention: KEY.jpg | jpeg | png | webp, KEY.txt, KEY.json.
 
-Headers are walked once for offsets; members are read by position when asked for and never extracted to disk.
+Each shard is indexed once; members are read by position when asked for and never extracted to disk.
 """
 
 from __future__ import annotations
 
-import glob
-import itertools
-import json
+import collections
+import functools
+import hashlib
 import os
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clipa_fast.data.source import UnreadablePicture, decode_picture
-from clipa_fast.data.tar_index import walk
+from clipa_fast.data.cache import cache_folder
+from clipa_fast.data.counts import Counts, check_share, describe, merge
+from clipa_fast.data.decode import DecodeError, EncodedPicture
+from clipa_fast.data.shard_index import (
+    IMAGE,
+    IMAGE_EXTENSIONS,
+    JSON,
+    TEXT,
+    ShardIndex,
+    build_index,
+    index_bytes,
+    parse_json,
+    read_index,
+    several_captions,
+    single_caption,
+)
+from clipa_fast.data.source import UnreadablePicture
+from clipa_fast.data.storage import ShardCache, expand_patterns, is_remote, read_small
 from clipa_fast.errors import UserError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-# Columns of the index: picture, text, json.
-_IMAGE, _TEXT, _JSON = range(3)
-_COLUMNS = {**dict.fromkeys(IMAGE_EXTENSIONS, _IMAGE), "txt": _TEXT, "json": _JSON}
+INDEX_SUFFIX = ".idx"
+"""A shard's index may lie beside it under the shard's name and this."""
+# Indexes kept in memory, by their samples: 60 bytes each.
+_INDEXED_SAMPLES = 1_000_000
+# A smaller shard is walked faster than its index is looked up.
+_WORTH_KEEPING = 16 << 20
+_INDEX_THREADS = 8
 
 
 class ShardSource:
     """Samples of tar shards, in the order of the shards and of the samples in them.
 
     A sample's captions are "captions" of its json if that is a list of texts, else its txt, else "caption" of its json.
-    Samples without picture or caption are left out and counted.
+    What cannot be used is left out and counted.
 
     Args:
-      patterns: paths, globs and brace lists ("train-{000000..000004}.tar", "{a,b}.tar"), or one of them.
+      patterns: paths and URLs, globs and brace lists ("train-{000000..000004}.tar", "gs://bucket/{a,b}.tar",
+        "pipe:COMMAND"), or one of them.
+      max_bad_share: share of bad samples, or of bad shards, above which this raises.
+      cache_gb: local disk for copies of remote shards, in GB.
+      on_progress: called with (shards indexed, shards).
 
     Attributes:
       name: the first pattern, and how many more there are.
-      shards: the files.
-      skipped: members and samples left out, by reason.
+      shards: paths and URLs.
+      parts: samples of each shard, for each pattern.
+      skipped: shards, members and samples left out, by reason.
+      noted: what is unusual but was kept, by reason.
 
     Raises:
-      UserError: no pattern, a pattern without a file, a file that is no tar or ends early, or no sample at all.
+      UserError: no pattern, a pattern without a shard, a shard that is not there, or no sample at all.
+      TooMuchBadData: more than `max_bad_share`.
     """
 
-    def __init__(self, patterns: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]):
+    def __init__(
+        self,
+        patterns: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        max_bad_share: float = 0.1,
+        cache_gb: float = 32.0,
+        on_progress: Callable[[int, int], None] | None = None,
+    ):
         given = [patterns] if isinstance(patterns, str | os.PathLike) else list(patterns)
         names = [os.fspath(pattern) for pattern in given]
-        self.shards = expand_patterns(names)
+        groups = expand_patterns(names)
+        self.shards = tuple(shard for group in groups for shard in group)
         self.name = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-        self.skipped: dict[str, int] = {}
-        indexes = [_index_shard(path, self.skipped) for path in self.shards]
-        self._shard = np.repeat(np.arange(len(indexes), dtype=np.int32), [len(index.keys) for index in indexes])
-        self._keys = [key for index in indexes for key in index.keys]
-        self._offsets = np.concatenate([index.offsets for index in indexes])
-        self._sizes = np.concatenate([index.sizes for index in indexes])
-        self._keep_captioned()
-        if not self._keys:
-            counts = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items()) or "no members"
-            raise UserError(f"data: no usable sample in {self.name} ({counts})")
+        self.skipped: Counts = {}
+        self.noted: Counts = {}
+        self._cache = ShardCache(cache_folder() / "shards", int(cache_gb * 1e9))
+        self._start_indexes()
+        sizes, self._bytes = self._index_all(on_progress)
+        self._starts = np.concatenate([[0], np.cumsum(sizes)])
+        self.parts = np.split(sizes, np.cumsum([len(group) for group in groups])[:-1])
+        bad_shards = sum(number for reason, number in self.skipped.items() if reason.startswith("shard: "))
+        check_share("shards", bad_shards, len(self.shards), max_bad_share, self.skipped)
+        bad = sum(number for reason, number in self.skipped.items() if reason.startswith("sample: "))
+        check_share("samples", bad, len(self) + bad, max_bad_share, self.skipped)
+        if not len(self):
+            raise UserError(f"data: no usable sample in {self.name} ({describe(self.skipped)})")
 
-    def _keep_captioned(self) -> None:
-        kept = [index for index in range(len(self._keys)) if self._text(index) or self.captions(index)]
-        if len(kept) < len(self._keys):
-            _count(self.skipped, "without caption", len(self._keys) - len(kept))
-            self._keys = [self._keys[index] for index in kept]
-            self._shard, self._offsets, self._sizes = self._shard[kept], self._offsets[kept], self._sizes[kept]
+    def _start_indexes(self) -> None:
+        self._indexes: collections.OrderedDict[int, ShardIndex] = collections.OrderedDict()
+        self._indexed = 0
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_indexes", "_indexed", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start_indexes()
+
+    def _index_all(self, on_progress: Callable[[int, int], None] | None) -> tuple[np.ndarray, int]:
+        """Samples of each shard, and the bytes of all pictures."""
+        sizes, total = np.zeros(len(self.shards), np.int64), 0
+        with ThreadPoolExecutor(_INDEX_THREADS, thread_name_prefix="clipa-index") as pool:
+            for shard, index in enumerate(pool.map(self._try_index, range(len(self.shards)))):
+                merge(self.skipped, index.skipped)
+                merge(self.noted, index.noted)
+                sizes[shard] = len(index)
+                total += int(index.sizes[:, IMAGE].sum(dtype=np.int64))
+                self._remember(shard, index)
+                if on_progress is not None:
+                    on_progress(shard + 1, len(self.shards))
+        return sizes, total
+
+    def _try_index(self, shard: int) -> ShardIndex:
+        name = self.shards[shard]
+        try:
+            return self._load_index(name)
+        except FileNotFoundError as error:
+            raise UserError(f"data: no such shard: {name}") from error
+        except OSError:
+            empty = np.zeros((0, 3), np.int64)
+            none = np.zeros(0, np.int32)
+            return ShardIndex(b"", none, empty, empty.astype(np.int32), none, {"shard: cannot be read": 1})
+
+    def _load_index(self, name: str) -> ShardIndex:
+        """A shard's index: from beside it, from the cache, or from the shard itself."""
+        kept = _kept_index(name)
+        content = kept.read_bytes() if kept is not None and kept.is_file() else None
+        if content is None and is_remote(name):
+            content = read_small(name + INDEX_SUFFIX)
+        index = read_index(content) if content is not None else None
+        if index is None:
+            index = build_index(self._cache.fetch(name) if is_remote(name) else Path(name))
+        else:
+            return index
+        if kept is not None:
+            _write_whole(kept, index_bytes(index))
+        return index
+
+    def _remember(self, shard: int, index: ShardIndex) -> None:
+        with self._lock:
+            self._indexed -= len(self._indexes.pop(shard, ()))
+            self._indexes[shard] = index
+            self._indexed += len(index)
+            while self._indexed > _INDEXED_SAMPLES and len(self._indexes) > 1:
+                self._indexed -= len(self._indexes.popitem(last=False)[1])
+
+    def _locate(self, index: int) -> tuple[int, ShardIndex, int]:
+        """A sample's shard, that shard's index, and the row in it."""
+        shard = int(np.searchsorted(self._starts, index, "right")) - 1
+        found = self._indexes.get(shard)
+        if found is None:
+            try:
+                found = self._load_index(self.shards[shard])
+            except OSError as error:
+                raise UnreadablePicture(self.shards[shard], "shard: cannot be read") from error
+            if len(found) != self._starts[shard + 1] - self._starts[shard]:
+                raise UserError(f"data: {self.shards[shard]}: changed since this run started")
+            self._remember(shard, found)
+        return shard, found, index - int(self._starts[shard])
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return int(self._starts[-1])
+
+    def encoded(self, index: int) -> EncodedPicture:
+        """The picture, its header read.
+
+        Raises:
+          UnreadablePicture: it is none; the message names shard and key.
+        """
+        shard, table, row = self._locate(index)
+        content = self._read(shard, table, row, IMAGE)
+        try:
+            return EncodedPicture(content, IMAGE_EXTENSIONS[table.kinds[row] & 0x7F])
+        except DecodeError as error:
+            raise UnreadablePicture(f"{self.shards[shard]}: {table.key(row)}", str(error)) from error
 
     def picture(self, index: int) -> np.ndarray:
         """Decoded RGB, uint8 [H, W, 3].
@@ -77,131 +194,123 @@ class ShardSource:
         Raises:
           UnreadablePicture: a damaged one; the message names shard and key.
         """
-        encoded = self._read(index, _IMAGE)
         try:
-            return decode_picture(encoded)
-        # Pillow raises many types for damaged files, SyntaxError and struct.error among them.
-        except Exception as error:
-            where = f"{self.shards[self._shard[index]]}: {self._keys[index]}"
-            raise UnreadablePicture(where, f"picture cannot be decoded ({type(error).__name__})") from error
+            return self.encoded(index).rgb()
+        except DecodeError as error:
+            shard, table, row = self._locate(index)
+            raise UnreadablePicture(f"{self.shards[shard]}: {table.key(row)}", str(error)) from error
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The sample's texts."""
-        record = self.metadata(index)
-        several = record.get("captions")
-        if isinstance(several, list):
-            texts = tuple(text.strip() for text in several if isinstance(text, str) and text.strip())
-            if texts:
-                return texts
-        text = self._text(index)
-        if not text and isinstance(record.get("caption"), str):
-            text = record["caption"].strip()
+        shard, table, row = self._locate(index)
+        if table.has_several(row):
+            return several_captions(parse_json(self._read(shard, table, row, JSON)))
+        text = self._read(shard, table, row, TEXT).decode("utf-8", "replace").strip()
+        text = text or single_caption(parse_json(self._read(shard, table, row, JSON)))
         return (text,) if text else ()
 
     def metadata(self, index: int) -> dict[str, Any]:
         """The sample's json; empty where there is none or it is no json object."""
-        try:
-            record = json.loads(self._read(index, _JSON) or b"{}")
-        except ValueError:
-            return {}
-        return record if isinstance(record, dict) else {}
+        return parse_json(self._read(*self._locate(index), JSON))
 
     def key(self, index: int) -> str:
         """Shard file name and the sample's key in it."""
-        return f"{self.shards[self._shard[index]].name}/{self._keys[index]}"
+        shard, table, row = self._locate(index)
+        return f"{self.shards[shard].rsplit('/', 1)[-1]}/{table.key(row)}"
 
-    def _text(self, index: int) -> str:
-        return self._read(index, _TEXT).decode("utf-8", "replace").strip()
+    def members(self, index: int) -> dict[int, bytes]:
+        """The bytes of a sample's picture, text and json, by column; those that are there."""
+        shard, table, row = self._locate(index)
+        found = {column: self._read(shard, table, row, column) for column in (IMAGE, TEXT, JSON)}
+        return {column: content for column, content in found.items() if content}
 
-    def _read(self, index: int, column: int) -> bytes:
-        size = int(self._sizes[index, column])
+    def encoded_bytes(self) -> int:
+        """Bytes of all pictures."""
+        return self._bytes
+
+    def shard_of(self, index: np.ndarray) -> np.ndarray:
+        """The shard of each sample."""
+        return np.searchsorted(self._starts, index, "right") - 1
+
+    def range_of(self, shard: int) -> range:
+        """The samples of a shard."""
+        return range(int(self._starts[shard]), int(self._starts[shard + 1]))
+
+    def is_remote(self) -> bool:
+        """Whether any shard is fetched before it is read."""
+        return any(map(is_remote, self.shards))
+
+    def prepare(self, shard: int) -> int:
+        """Fetches a remote shard, if it is not there yet, and returns its bytes.
+
+        Raises:
+          OSError: it cannot be read.
+        """
+        name = self.shards[shard]
+        return (self._cache.fetch(name) if is_remote(name) else Path(name)).stat().st_size
+
+    @property
+    def cache_bytes(self) -> int:
+        """Room for copies of remote shards."""
+        return self._cache.max_bytes
+
+    def _read(self, shard: int, table: ShardIndex, row: int, column: int) -> bytes:
+        size = int(table.sizes[row, column])
         if not size:
             return b""
-        # Opened each time: no handles to share between threads, to run out of, or to carry into another process.
-        path = self.shards[self._shard[index]]
+        name = self.shards[shard]
         try:
-            with open(path, "rb", buffering=0) as file:
-                file.seek(int(self._offsets[index, column]))
-                return file.read(size)
+            content = _read_at(self._path(name), int(table.offsets[row, column]), size)
+        except FileNotFoundError:
+            # Another process made room for its own.
+            content = self._read_again(name, int(table.offsets[row, column]), size)
         except OSError as error:
-            raise UserError(f"data: {path}: cannot be read: {error.strerror or error}") from error
+            raise UnreadablePicture(name, "shard: cannot be read") from error
+        if len(content) < size:
+            raise UnreadablePicture(name, "shard: shorter than when it was indexed")
+        return content
+
+    def _read_again(self, name: str, offset: int, size: int) -> bytes:
+        try:
+            return _read_at(self._cache.fetch(name) if is_remote(name) else Path(name), offset, size)
+        except OSError as error:
+            raise UnreadablePicture(name, "shard: cannot be read") from error
+
+    def _path(self, name: str) -> Path | str:
+        return self._cache.path(name) if is_remote(name) else name
 
 
-def expand_patterns(patterns: Sequence[str]) -> tuple[Path, ...]:
-    """Files that paths, globs and brace lists name, each pattern's sorted, none twice.
-
-    Raises:
-      UserError: an empty list, or a pattern that names no file.
-    """
-    if not patterns:
-        raise UserError("data: no shards given; accepted: tar paths, globs and brace lists")
-    found: dict[Path, None] = {}
-    for pattern in patterns:
-        for name in _expand_braces(os.path.expanduser(pattern)):
-            # A file whose own name looks like a glob is meant literally.
-            matches = [name] if os.path.isfile(name) else sorted(glob.glob(name))
-            files = [Path(match) for match in matches if os.path.isfile(match)]
-            if not files:
-                within = "" if name == pattern else f" (from {pattern})"
-                raise UserError(f"data: no such shard: {name}{within}")
-            found.update(dict.fromkeys(files))
-    return tuple(found)
+def _read_at(path: str | Path, offset: int, size: int) -> bytes:
+    # Opened each time: no handles to share between threads, to run out of, or to carry into another process.
+    file = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(file, size, offset)
+    finally:
+        os.close(file)
 
 
-def _expand_braces(pattern: str) -> Iterator[str]:
-    """Shell-like braces: lists "{a,b}" and ranges "{000..012}", several of them, not nested."""
-    parts = re.split(r"\{([^{}]*)\}", pattern)
-    choices = []
-    for place, part in enumerate(parts):
-        if place % 2 == 0:
-            choices.append([part])
-        elif bounds := re.fullmatch(r"(\d+)\.\.(\d+)", part):
-            first, last = bounds.groups()
-            if int(first) > int(last):
-                raise UserError(f"data: {pattern}: the range {{{part}}} is empty")
-            width = len(first) if len(first) > 1 and first[0] == "0" else 0
-            choices.append([f"{number:0{width}d}" for number in range(int(first), int(last) + 1)])
-        else:
-            choices.append(part.split(",") if "," in part else [f"{{{part}}}"])
-    return ("".join(choice) for choice in itertools.product(*choices))
+@functools.cache
+def _kept_index(name: str) -> Path | None:
+    """Where a shard's index is kept: beside it if it is there and not older, else in the cache; None: nowhere."""
+    if is_remote(name):
+        identity = name
+    else:
+        about = os.stat(name)
+        beside = Path(name + INDEX_SUFFIX)
+        if beside.is_file() and beside.stat().st_mtime_ns >= about.st_mtime_ns:
+            return beside
+        if about.st_size < _WORTH_KEEPING:
+            return None
+        identity = f"{os.path.abspath(name)} {about.st_size} {about.st_mtime_ns}"
+    return cache_folder() / "shard-index" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}{INDEX_SUFFIX}"
 
 
-@dataclass
-class _ShardIndex:
-    keys: list[str] = field(default_factory=list)
-    offsets: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int64))
-    sizes: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int64))
-
-
-def _index_shard(path: Path, skipped: dict[str, int]) -> _ShardIndex:
-    """Where picture, text and json of each sample lie; those without picture are counted in `skipped`."""
-    samples: dict[str, list[tuple[int, int]]] = {}
-    for name, offset, size in walk(path):
-        key, extension = _split_name(name)
-        column = _COLUMNS.get(extension)
-        if column is None:
-            _count(skipped, "member of another type")
-            continue
-        sample = samples.setdefault(key, [(0, 0)] * 3)
-        if sample[column][1]:
-            _count(skipped, "member there twice")
-            continue
-        sample[column] = (offset, size)
-    keys = [key for key, sample in samples.items() if sample[_IMAGE][1]]
-    if len(keys) < len(samples):
-        _count(skipped, "without picture", len(samples) - len(keys))
-    if not keys:
-        return _ShardIndex()
-    table = np.array([samples[key] for key in keys], np.int64)
-    return _ShardIndex(keys, table[:, :, 0], table[:, :, 1])
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """Key and extension as WebDataset splits them: at the first dot of the last part of the path."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension.lower()
-
-
-def _count(counts: dict[str, int], reason: str, number: int = 1) -> None:
-    counts[reason] = counts.get(reason, 0) + number
+def _write_whole(path: Path, content: bytes) -> None:
+    # Whole or not at all; without a writable cache, the next run walks again.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)

@@ -1,18 +1,15 @@
-"""What every data set offers, and how an encoded picture becomes RGB."""
+"""What every data set offers."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image
 
+from clipa_fast.data.counts import Counts
+from clipa_fast.data.decode import EncodedPicture
 from clipa_fast.errors import UserError
-
-# Modes of more than 8 bits: Pillow would clip them to 255, here they are scaled. A 16-bit file opens as I;16 or as I.
-_DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
 class UnreadablePicture(UserError):
@@ -63,43 +60,56 @@ class ArraySource(Source, Protocol):
         ...
 
 
-def all_captions(source: Source) -> tuple[list[str], np.ndarray]:
-    """Every caption of a source, T texts, and the sample each belongs to, int64 [T]."""
+@runtime_checkable
+class EncodedSource(Source, Protocol):
+    """A source whose pictures are encoded, in shards of which few should be read at a time."""
+
+    skipped: Counts
+    """Left out when the shards were indexed, by reason."""
+    noted: Counts
+    """Unusual but kept, by reason."""
+
+    @property
+    def parts(self) -> list[np.ndarray]:
+        """Samples of each shard, int64, for each of the patterns that were given."""
+        ...
+
+    def encoded(self, index: int) -> EncodedPicture:
+        """The picture before it is decoded. Raises UnreadablePicture where even its header cannot be read."""
+        ...
+
+    def encoded_bytes(self) -> int:
+        """Bytes of all pictures."""
+        ...
+
+    def shard_of(self, index: np.ndarray) -> np.ndarray:
+        """The shard of each sample."""
+        ...
+
+    def range_of(self, shard: int) -> range:
+        """The samples of a shard."""
+        ...
+
+    def is_remote(self) -> bool:
+        """Whether any shard is fetched before it is read."""
+        ...
+
+    def prepare(self, shard: int) -> int:
+        """Fetches a remote shard, if it is not there yet, and returns its bytes. Raises OSError."""
+        ...
+
+    @property
+    def cache_bytes(self) -> int:
+        """Room for copies of remote shards."""
+        ...
+
+
+def all_captions(source: Source, most: int | None = None) -> tuple[list[str], np.ndarray]:
+    """Every caption of a source, T texts, and the sample each belongs to, int64 [T]; of the first `most` samples."""
     captions: list[str] = []
     owners: list[int] = []
-    for index in range(len(source)):
+    for index in range(len(source) if most is None else min(len(source), most)):
         texts: Sequence[str] = source.captions(index)
         captions.extend(texts)
         owners.extend([index] * len(texts))
     return captions, np.array(owners, np.int64)
-
-
-def decode_picture(encoded: bytes) -> np.ndarray:
-    """An encoded picture as RGB, uint8 [H, W, 3].
-
-    Transparent parts are laid on white. Grey, palette, CMYK and 16-bit files become 8-bit RGB; 16 bits are scaled,
-    not clipped. Of an animation the first frame is taken.
-
-    Raises:
-      OSError, ValueError, SyntaxError and others of Pillow's: the bytes are no picture, or a damaged one.
-    """
-    with Image.open(io.BytesIO(encoded)) as image:
-        return _to_rgb(image)
-
-
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode in _DEEP_GREY:
-        grey = _scaled_to_8_bits(np.asarray(image))
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if image.mode == "F":
-        raise ValueError("floating-point pictures are not accepted")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-def _scaled_to_8_bits(grey: np.ndarray) -> np.ndarray:
-    # 65535 = 255 * 257; the addend rounds to nearest.
-    return ((np.clip(grey, 0, 65535).astype(np.uint32) + 128) // 257).astype(np.uint8)

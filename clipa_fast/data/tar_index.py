@@ -1,95 +1,171 @@
-"""A tar file's members and where their bytes lie, from one walk over the headers."""
+"""A tar file's members and where their bytes lie, from one walk through it that damage does not stop."""
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-from clipa_fast.errors import UserError
+from clipa_fast.data.counts import Counts, count
 
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 # An extended header longer than this is damage, not a name.
 _MAX_EXTENDED = 1 << 20
+_CHUNK = 4 << 20
+# Where a header says that it is one.
+_MAGIC, _MAGIC_AT = b"ustar", 257
 
 
-def walk(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size in bytes of each regular file in a tar; links, folders and devices are passed over.
+@dataclass(frozen=True)
+class Member:
+    """A regular file in a tar: its bytes are file[offset : offset + size].
 
-    Reads ustar, GNU long names and pax headers. The standard library's reader takes a damaged header in the middle for
-    the end of the archive; this one does not. Archives joined end to end are read on.
+    `archive` counts the ends of archives before it, where several were joined.
+    """
+
+    name: str
+    offset: int
+    size: int
+    archive: int
+
+
+class _Damaged(Exception):
+    """No header, or one that cannot be true."""
+
+
+def walk(path: Path, skipped: Counts) -> Iterator[Member]:
+    """Each regular file of a tar, in order; what is wrong is passed over and counted in `skipped` by reason.
+
+    Reads ustar, GNU long names and pax headers, and goes on behind the end of an archive, where tars were joined. After
+    damage it goes on at the next block that is a header. A member whose bytes hold a header block has a size that is a
+    lie: it is skipped, and the walk goes on at that header. Links, devices and names that point outside are skipped.
 
     Raises:
-      UserError: no tar, compressed, damaged or cut short; the message names file and offset.
+      OSError: the file cannot be read.
     """
-    try:
-        with open(path, "rb") as file:
-            yield from _walk(path, file, path.stat().st_size)
-    except OSError as error:
-        raise UserError(f"data: {path}: cannot be read: {error.strerror or error}") from error
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size == 0:
+            return count(skipped, "shard: empty")
+        yield from _Walk(file.fileno(), size, skipped).members()
 
 
-def _walk(path: Path, file: BinaryIO, file_size: int) -> Iterator[tuple[str, int, int]]:
-    if file_size == 0:
-        raise UserError(f"data: {path}: an empty file; accepted: a tar")
-    position, extended = 0, {}
-    while position < file_size:
-        file.seek(position)
-        header = file.read(_BLOCK)
-        if header == _ZEROS:
-            position += _BLOCK
-            continue
-        member = _parse(path, header, position)
-        start = position + _BLOCK
-        size = int(extended.get("size", member.size))
-        # Links keep no bytes, whatever their size says.
-        stored = 0 if member.type in (tarfile.LNKTYPE, tarfile.SYMTYPE) else size
-        if size < 0 or start + stored > file_size:
+class _Walk:
+    def __init__(self, file: int, size: int, skipped: Counts):
+        self._file, self._size, self._skipped = file, size, skipped
+
+    def members(self) -> Iterator[Member]:
+        position, archive, extended, found_any = 0, 0, {}, False
+        after_end = False
+        while position < self._size:
+            header = os.pread(self._file, _BLOCK, position)
+            if header == _ZEROS:
+                position, after_end = position + _BLOCK, True
+                continue
+            try:
+                member = _parse(header)
+                start = position + _BLOCK
+                size = int(extended.get("size", member.size))
+                # Links keep no bytes, whatever their size says.
+                stored = 0 if member.type in _LINKS else size
+                if size < 0:
+                    raise _Damaged
+                next_header = self._find_header(start, min(start + stored, self._size))
+                if next_header is not None and not member.name.endswith(".tar"):
+                    count(self._skipped, "member: size in header is wrong")
+                    position, extended = next_header, {}
+                    continue
+                if start + stored > self._size:
+                    count(self._skipped, "member: cut short")
+                    return
+                if member.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
+                    extended.update(self._extended(member.type, start, size))
+                    position = _padded(start + size)
+                    continue
+            except _Damaged:
+                next_header = self._find_header(position + 1, self._size)
+                if next_header is None and not found_any:
+                    return count(self._skipped, "shard: compressed" if _is_compressed(header) else "shard: not a tar")
+                count(self._skipped, "member: cut short" if len(header) < _BLOCK else "member: damaged header")
+                if next_header is None:
+                    return
+                position, extended = next_header, {}
+                continue
+            found_any = True
+            if after_end:
+                archive, after_end = archive + 1, False
+            position = _padded(start + stored)
+            if member.type in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
+                continue
             name = extended.get("path", member.name)
-            raise UserError(
-                f"data: {path}: cut short or damaged: {name!r} at offset {position} has {size} bytes by its header, "
-                f"the file ends at {file_size}"
-            )
-        position = start + -(-stored // _BLOCK) * _BLOCK
-        if member.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
-            extended.update(_extended(path, member.type, file, start, size))
-            continue
-        if member.type in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
-            continue
-        if member.type in _REGULAR:
-            yield extended.get("path", member.name), start, size
-        extended = {}
+            extended = {}
+            if member.type in _LINKS:
+                count(self._skipped, "member: link")
+            elif member.type in _REGULAR:
+                if name.startswith("/") or ".." in name.split("/"):
+                    count(self._skipped, "member: path points outside")
+                else:
+                    yield Member(name, start, size, archive)
+            elif member.type != tarfile.DIRTYPE:
+                count(self._skipped, "member: device")
+
+    def _find_header(self, start: int, stop: int) -> int | None:
+        """The first block boundary in [start, stop) at which a whole header stands."""
+        start = _padded(start)
+        while start + _BLOCK <= stop:
+            blocks = os.pread(self._file, min(_CHUNK, stop - start), start)
+            at = blocks.find(_MAGIC)
+            while at >= 0:
+                block = at - _MAGIC_AT
+                if block >= 0 and block % _BLOCK == 0 and _is_header(blocks[block : block + _BLOCK]):
+                    return start + block
+                at = blocks.find(_MAGIC, at + 1)
+            start += _CHUNK
+        return None
+
+    def _extended(self, kind: bytes, start: int, size: int) -> dict[str, str]:
+        """What an extended header says about the next member's path and size."""
+        if size > _MAX_EXTENDED:
+            raise _Damaged
+        content = os.pread(self._file, size, start)
+        if kind == tarfile.GNUTYPE_LONGNAME:
+            return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
+        said = {}
+        # Records are "LENGTH KEY=VALUE\n", LENGTH in decimal and of the whole record.
+        while content:
+            length, _, rest = content.partition(b" ")
+            if not length.isdigit() or not 0 < int(length) <= len(content):
+                raise _Damaged
+            key, _, value = rest[: int(length) - len(length) - 1].rstrip(b"\n").partition(b"=")
+            if key == b"path" or (key == b"size" and value.isdigit()):
+                said[key.decode()] = value.decode("utf-8", "surrogateescape")
+            content = content[int(length) :]
+        return said
 
 
-def _parse(path: Path, header: bytes, position: int) -> tarfile.TarInfo:
+def _padded(position: int) -> int:
+    return -(-position // _BLOCK) * _BLOCK
+
+
+def _parse(header: bytes) -> tarfile.TarInfo:
     try:
         return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-    except tarfile.HeaderError as error:
-        if header.startswith(b"\x1f\x8b"):
-            raise UserError(f"data: {path}: compressed with gzip; accepted: a plain tar") from error
-        what = "no tar header" if len(header) == _BLOCK else "cut short"
-        raise UserError(f"data: {path}: not a tar, or damaged: {what} at offset {position}") from error
+    # A damaged number raises ValueError.
+    except (tarfile.HeaderError, ValueError) as error:
+        raise _Damaged from error
 
 
-def _extended(path: Path, kind: bytes, file: BinaryIO, start: int, size: int) -> dict[str, str]:
-    """What an extended header says about the next member's path and size."""
-    if size > _MAX_EXTENDED:
-        raise UserError(f"data: {path}: damaged: an extended header of {size} bytes at offset {start - _BLOCK}")
-    file.seek(start)
-    content = file.read(size)
-    if kind == tarfile.GNUTYPE_LONGNAME:
-        return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
-    said = {}
-    # Records are "LENGTH KEY=VALUE\n", LENGTH in decimal and of the whole record.
-    while content:
-        length, _, rest = content.partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(content):
-            raise UserError(f"data: {path}: damaged pax header at offset {start - _BLOCK}")
-        key, _, value = rest[: int(length) - len(length) - 1].rstrip(b"\n").partition(b"=")
-        if key == b"path" or (key == b"size" and value.isdigit()):
-            said[key.decode()] = value.decode("utf-8", "surrogateescape")
-        content = content[int(length) :]
-    return said
+def _is_header(block: bytes) -> bool:
+    try:
+        return len(block) == _BLOCK and _parse(block).size >= 0
+    except _Damaged:
+        return False
+
+
+def _is_compressed(header: bytes) -> bool:
+    return header.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))

@@ -6,6 +6,7 @@ fate does not depend on the others of its batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
@@ -66,6 +67,25 @@ def resize(
     if picture.shape[:2] == (size, size):
         return picture
     return np.asarray(Image.fromarray(picture).resize((size, size), _FILTERS[filter]))
+
+
+def resize_part(picture: np.ndarray, size: int, box: Sequence[float], filter: Filter = "bilinear") -> np.ndarray:
+    """Resizes a part of a picture whose edges lie between its pixels to a square.
+
+    Args:
+      picture: uint8 [H, W] or [H, W, 3].
+      size: side S of the result in pixels.
+      box: (left, top, right, bottom) of the part in pixels; less than a pixel beyond it takes part in the result.
+      filter: as `resize` takes it.
+
+    Returns:
+      uint8 [S, S] or [S, S, 3].
+    """
+    left, top = math.floor(box[0]), math.floor(box[1])
+    picture = picture[top : math.ceil(box[3]), left : math.ceil(box[2])]
+    height, width = picture.shape[:2]
+    inner = (box[0] - left, box[1] - top, min(box[2] - left, width), min(box[3] - top, height))
+    return np.asarray(Image.fromarray(picture).resize((size, size), _FILTERS[filter], inner))
 
 
 def eval_resize(

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from clipa_fast.data.cache import cache_folder
-from clipa_fast.data.source import decode_picture
+from clipa_fast.data.decode import DecodeError, decode_picture
 
 
 def encoded(image, kind="PNG", **options):
@@ -78,7 +78,7 @@ def test_cmyk():
 
 @pytest.mark.parametrize("damage", [b"", b"not a picture", encoded(Image.fromarray(RGB), "JPEG")[:-60]])
 def test_damaged_pictures_raise(damage):
-    with pytest.raises(OSError, match=r"identify|truncated"):
+    with pytest.raises(DecodeError, match=r"empty|not a picture|truncated"):
         decode_picture(damage)
 
 
