@@ -6,6 +6,7 @@ import sys
 MEASUREMENTS = (
     "attention_blocks",
     "attention_static",
+    "input",
     "loss_memory",
     "loss_static",
     "train_step",

@@ -19,6 +19,7 @@ from clipa_fast.config import RunConfig, config_to_yaml, load_config
 from clipa_fast.errors import UserError
 from clipa_fast.recipes import RECIPES
 
+EXIT_UNWELL = 1
 EXIT_USER_ERROR = 2
 EXIT_NON_FINITE = 3
 EXIT_INTERRUPTED = 130
@@ -119,17 +120,60 @@ class Profile:
     """Write everything there as JSON too."""
 
 
+@dataclass(frozen=True)
+class Pack:
+    """Re-encode shards once for low-token training: small pictures, keys and captions untouched. Resumable."""
+
+    data: tuple[str, ...]
+    """Tar shards: paths, URLs, globs, brace lists."""
+    output: Path
+    """Folder for the new shards, of the old ones' names."""
+    px: int = 128
+    """Shorter side of the new pictures; smaller ones stay as they are."""
+    quality: int = 90
+    """JPEG quality, 1 to 95."""
+    workers: int | None = None
+    """Processes; None: as many as cores."""
+    process_index: int = 0
+    """Which of `process_count` machines or jobs this is; each packs its share of the shards."""
+    process_count: int = 1
+    """Machines or jobs that pack into the same output."""
+    max_bad_share: float = 0.1
+    """Share of unreadable samples above which packing stops; below, they are left out and counted."""
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Overfit 128 pairs of your own data and say whether loss, temperature and gradients behave."""
+
+    data: tuple[str, ...] = ()
+    """Tar shards, or `glyphs`; empty: those of the config."""
+    config: Path | None = None
+    """YAML file of the run to try: its first stage's sizes, its tokenizer and conventions."""
+    recipe: str | None = None
+    """A recipe by name instead of a file."""
+    steps: int = 200
+    """Optimizer steps on the one batch."""
+    full_model: bool = False
+    """The config's own towers, instead of small ones that take a minute or two on a CPU."""
+
+
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Recipes, tyro.conf.subcommand("recipes")]
+    | Annotated[Pack, tyro.conf.subcommand("pack")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Profile, tyro.conf.subcommand("profile")]
 )
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of `clipa-fast`. Exit codes: 0 done, 2 wrong input, 3 loss not finite, 128 + signal when stopped."""
+    """Entry point of `clipa-fast`.
+
+    Exit codes: 0 done, 1 the doctor found something, 2 wrong input, 3 loss not finite, 128 + signal when stopped.
+    """
     argv = sys.argv[1:] if argv is None else argv
     try:
         with _errors_in_one_line():
@@ -208,11 +252,16 @@ def find_recipe(name: str) -> RunConfig:
     return RECIPES[name]
 
 
-def _run(arguments: Train | Eval | Demo | Recipes | Profile, argv: list[str]) -> None:
+def _run(arguments: Train | Eval | Demo | Recipes | Pack | Doctor | Profile, argv: list[str]) -> None:
     if isinstance(arguments, Recipes):
         from clipa_fast.recipe_table import print_recipes
 
         return print(config_to_yaml(find_recipe(arguments.name)), end="") if arguments.name else print_recipes()
+    if isinstance(arguments, Pack):
+        from clipa_fast.pack import pack_command
+
+        pack_command(**dataclasses.asdict(arguments))
+        return None
     # What follows needs jax.
     if isinstance(arguments, Profile):
         from clipa_fast.profiling.command import profile_command
@@ -224,6 +273,12 @@ def _run(arguments: Train | Eval | Demo | Recipes | Profile, argv: list[str]) ->
     keep_freed_memory()
     if isinstance(arguments, Train):
         return _stoppable(lambda: commands.train_command(arguments.settings, arguments.run_dir), argv)
+    if isinstance(arguments, Doctor):
+        from clipa_fast.doctor import doctor_command
+
+        config = _base_config(argv)
+        findings = doctor_command(arguments.data, config, steps=arguments.steps, full_model=arguments.full_model)
+        raise SystemExit(0 if all(finding.is_fine for finding in findings) else EXIT_UNWELL)
     if isinstance(arguments, Demo):
         run = partial(commands.demo_command, arguments.run_dir, arguments.seed, arguments.samples_scale)
         return _stoppable(run, argv)

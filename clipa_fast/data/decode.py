@@ -1,14 +1,18 @@
 """Encoded pictures become RGB: whole, or just large enough for one crop.
 
 A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the crop then still has as many pixels as are asked for: the
-decoder leaves out the work for the rest. simplejpeg is used where it is installed; its pixels are Pillow's.
+decoder leaves out the work for the rest. simplejpeg is used where it is installed, unless CLIPA_FAST_SIMPLEJPEG is 0;
+its pixels are Pillow's.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import io
 import math
+import os
 import warnings
 from collections.abc import Sequence
 
@@ -17,7 +21,8 @@ from PIL import Image, UnidentifiedImageError
 
 from clipa_fast.data.transforms import Filter, resize, resize_part
 
-simplejpeg = importlib.import_module("simplejpeg") if importlib.util.find_spec("simplejpeg") else None
+_wanted = os.environ.get("CLIPA_FAST_SIMPLEJPEG", "1") != "0" and importlib.util.find_spec("simplejpeg")
+simplejpeg = importlib.import_module("simplejpeg") if _wanted else None
 
 MAX_PIXELS = 64 << 20
 """Pictures with more pixels are not decoded: so few bytes can be so many pixels that memory runs out."""
@@ -54,22 +59,31 @@ class EncodedPicture:
         if not encoded:
             raise DecodeError("picture empty")
         self._encoded = encoded
-        try:
-            self._image = Image.open(io.BytesIO(encoded))
-        except Exception as error:
-            raise _reason(error) from error
-        self.width, self.height = self._image.size
+        header = _jpeg_header(encoded)
+        if header is not None:
+            self.height, self.width, mode = header
+            kind = "JPEG"
+        else:
+            image = self._image
+            (self.width, self.height), mode, kind = image.size, image.mode, image.format or ""
         if self.width * self.height > MAX_PIXELS:
             raise DecodeError("picture of too many pixels")
-        image, kind = self._image, self._image.format or ""
         self.notes: list[str] = []
-        if image.mode in _DEEP_GREY:
+        if mode in _DEEP_GREY:
             self.notes.append("16 bits")
-        elif image.mode in _NOTES:
-            self.notes.append(_NOTES[image.mode])
+        elif mode in _NOTES:
+            self.notes.append(_NOTES[mode])
         if extension is not None and extension not in _EXTENSIONS.get(kind, ()):
             self.notes.append("type unlike its name")
-        self._is_jpeg = kind in ("JPEG", "MPO") and image.mode in ("RGB", "L")
+        self._is_grey = mode == "L"
+        self._is_jpeg = kind in ("JPEG", "MPO") and mode in ("RGB", "L")
+
+    @functools.cached_property
+    def _image(self) -> Image.Image:
+        try:
+            return Image.open(io.BytesIO(self._encoded))
+        except Exception as error:
+            raise _reason(error) from error
 
     def rgb(self) -> np.ndarray:
         """All of it, uint8 [H, W, 3].
@@ -131,7 +145,7 @@ class EncodedPicture:
     def _reduced(self, scale: int) -> np.ndarray:
         """A JPEG at 1 / scale of its size, rounded up: uint8 [H, W, 3], or [H, W] if grey."""
         if simplejpeg is not None:
-            color = "GRAY" if self._image.mode == "L" else "RGB"
+            color = "GRAY" if self._is_grey else "RGB"
             height, width = self.height // scale, self.width // scale
             try:
                 pixels = simplejpeg.decode_jpeg(self._encoded, color, min_height=height, min_width=width, min_factor=1)
@@ -143,6 +157,16 @@ class EncodedPicture:
         if scale > 1:
             self._image.draft(self._image.mode, (self.width // scale, self.height // scale))
         return np.asarray(self._image)
+
+
+def _jpeg_header(encoded: bytes) -> tuple[int, int, str] | None:
+    """Height, width and Pillow's mode of a plain JPEG; None: Pillow must look."""
+    if simplejpeg is not None and encoded.startswith(b"\xff\xd8"):
+        with contextlib.suppress(ValueError):
+            height, width, color, _ = simplejpeg.decode_jpeg_header(encoded)
+            mode = {"YCbCr": "RGB", "Gray": "L"}.get(color)
+            return None if mode is None else (height, width, mode)
+    return None
 
 
 def decode_picture(encoded: bytes) -> np.ndarray:

@@ -215,8 +215,13 @@ class ShardSource:
 
     def key(self, index: int) -> str:
         """Shard file name and the sample's key in it."""
-        shard, table, row = self._locate(index)
-        return f"{self.shards[shard].rsplit('/', 1)[-1]}/{table.key(row)}"
+        shard = int(self.shard_of(np.array(index)))
+        return f"{self.shards[shard].rsplit('/', 1)[-1]}/{self.shard_key(index)}"
+
+    def shard_key(self, index: int) -> str:
+        """The sample's key in its shard."""
+        _, table, row = self._locate(index)
+        return table.key(row)
 
     def members(self, index: int) -> dict[int, bytes]:
         """The bytes of a sample's picture, text and json, by column; those that are there."""
@@ -260,33 +265,17 @@ class ShardSource:
             return b""
         name = self.shards[shard]
         try:
-            content = _read_at(self._path(name), int(table.offsets[row, column]), size)
-        except FileNotFoundError:
-            # Another process made room for its own.
-            content = self._read_again(name, int(table.offsets[row, column]), size)
+            # Opened each time: no handles to share between threads, to run out of, or to carry into another process.
+            file = self._cache.open(name) if is_remote(name) else os.open(name, os.O_RDONLY)
+            try:
+                content = os.pread(file, size, int(table.offsets[row, column]))
+            finally:
+                os.close(file)
         except OSError as error:
             raise UnreadablePicture(name, "shard: cannot be read") from error
         if len(content) < size:
             raise UnreadablePicture(name, "shard: shorter than when it was indexed")
         return content
-
-    def _read_again(self, name: str, offset: int, size: int) -> bytes:
-        try:
-            return _read_at(self._cache.fetch(name) if is_remote(name) else Path(name), offset, size)
-        except OSError as error:
-            raise UnreadablePicture(name, "shard: cannot be read") from error
-
-    def _path(self, name: str) -> Path | str:
-        return self._cache.path(name) if is_remote(name) else name
-
-
-def _read_at(path: str | Path, offset: int, size: int) -> bytes:
-    # Opened each time: no handles to share between threads, to run out of, or to carry into another process.
-    file = os.open(path, os.O_RDONLY)
-    try:
-        return os.pread(file, size, offset)
-    finally:
-        os.close(file)
 
 
 @functools.cache

@@ -168,24 +168,36 @@ class ShardCache:
           OSError: it cannot be read, after retries; FileNotFoundError: there is none.
         """
         path = self.path(url)
+        if not self._touch(path):
+            os.close(self._fetch(url, path))
+        return path
+
+    def open(self, url: str) -> int:
+        """A file descriptor of the shard's local copy, fetched first where it is not there. Raises as `fetch` does."""
+        path = self.path(url)
         if self._touch(path):
-            return path
+            with contextlib.suppress(FileNotFoundError):
+                return os.open(path, os.O_RDONLY)
+        return self._fetch(url, path)
+
+    def _fetch(self, url: str, path: Path) -> int:
         self._folder.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_name(path.name + ".lock")):
+        # Who holds this makes sure that nobody makes room with the shard before it is open.
+        with _locked(_lock_of(path)):
             if self._touch(path):
-                return path
+                return os.open(path, os.O_RDONLY)
             partial = path.with_name(f"{path.name}.{os.getpid()}.part")
             try:
                 with_retries(lambda: _copy(url, partial), url)
                 self._make_room(partial.stat().st_size)
                 os.replace(partial, path)
+                return os.open(path, os.O_RDONLY)
             except OSError:
                 raise
             except Exception as error:
                 raise OSError(f"{type(error).__name__}: {error}") from error
             finally:
                 partial.unlink(missing_ok=True)
-        return path
 
     def _touch(self, path: Path) -> bool:
         try:
@@ -204,15 +216,21 @@ class ShardCache:
         for _, held_size, path in sorted(held):
             if size <= self.max_bytes:
                 break
-            path.unlink(missing_ok=True)
-            size -= held_size
+            with contextlib.suppress(BlockingIOError), _locked(_lock_of(path), wait=False):
+                path.unlink(missing_ok=True)
+                size -= held_size
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")
 
 
 @contextlib.contextmanager
-def _locked(path: Path):
+def _locked(path: Path, wait: bool = True):
+    """Holds a lock among threads and processes; without `wait`, raises BlockingIOError where another holds it."""
     with open(path, "ab") as file:
         if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
 
 

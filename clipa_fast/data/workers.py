@@ -106,11 +106,16 @@ _worker: tuple[BatchMaker, SharedMemory] | None = None
 
 def _start_worker(make: BatchMaker, memory: str) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    become_worker()
     # The workers are the parallelism.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker = make, SharedMemory(memory)
+
+
+def become_worker() -> None:
+    """Leaves Ctrl-C to the main process, and ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:

@@ -1,5 +1,7 @@
 """Order: every sample once an epoch, the same at every resume, on every process."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -98,3 +100,83 @@ def test_wrong_order(arguments, message):
 def test_wrong_rows(arguments):
     with pytest.raises(UserError):
         rows(*arguments)
+
+
+@st.composite
+def sharded(draw):
+    sizes = np.array(draw(st.lists(st.integers(1, 30), min_size=9, max_size=25)))
+    shuffle_shards = draw(st.sampled_from([1, 2, 3, 4, 8]))
+    batch_size = draw(st.integers(1, min(int(sizes.sum()), 40)))
+    return sizes, shuffle_shards, batch_size, draw(st.integers(0, 2**40))
+
+
+@settings(deadline=None, max_examples=40)
+@given(sharded(), st.integers(1, 4))
+def test_shards_too_many_to_permute_whole_are_seen_once_an_epoch(drawn, epochs):
+    sizes, shuffle_shards, batch_size, seed = drawn
+    with patch("clipa_fast.data.order.WHOLE", 8):
+        order = Order(int(sizes.sum()), batch_size, seed, [sizes], None, shuffle_shards)
+    assert order.lanes == np.gcd(batch_size, shuffle_shards)
+    # Whole epochs that are whole batches.
+    epochs *= batch_size // np.gcd(batch_size, int(sizes.sum()))
+    epochs = min(epochs, 40 // 1)
+    steps, rest = divmod(epochs * int(sizes.sum()), batch_size)
+    seen = np.bincount(np.concatenate([order.indices(step) for step in range(steps)]), minlength=sizes.sum())
+    if rest == 0:
+        assert (seen == epochs).all()
+    else:
+        assert seen.min() >= epochs - 2
+        assert seen.max() <= epochs
+
+
+@settings(deadline=None, max_examples=20)
+@given(sharded(), st.sampled_from([1, 2, 4]), st.integers(0, 1000))
+def test_processes_of_any_number_see_the_same_and_share_the_shards(drawn, process_count, step):
+    sizes, shuffle_shards, _, seed = drawn
+    batch_size = 8
+    if sizes.sum() < batch_size:
+        return
+    with patch("clipa_fast.data.order.WHOLE", 8):
+        order = Order(int(sizes.sum()), batch_size, seed, [sizes], None, shuffle_shards)
+    parts = [order.indices(step, rows(batch_size, p, process_count)) for p in range(process_count)]
+    np.testing.assert_array_equal(np.concatenate(parts), order.indices(step))
+
+
+def test_few_shards_are_read_at_a_time_and_processes_read_others():
+    sizes = np.full(64, 1000)
+    with patch("clipa_fast.data.order.WHOLE", 8):
+        order = Order(64_000, 80, 0, [sizes], None, 16)
+    assert order.lanes == 16
+    halves = [set(), set()]
+    for step in range(200):  # a quarter of the epoch: one shard of each lane
+        for half in (0, 1):
+            shards = order.indices(step, rows(80, half, 2)) // 1000
+            assert len(set(shards.tolist())) <= 16
+            halves[half] |= set(shards.tolist())
+    assert len(halves[0] & halves[1]) <= 1
+    assert len(halves[0] | halves[1]) <= 34
+
+
+def test_weights_set_the_shares_and_each_source_has_its_epochs():
+    order = Order(300, 20, 5, [np.array([100]), np.array([200])], [3, 1])
+    seen = np.concatenate([order.indices(step) for step in range(4096 // 4)])
+    assert (seen < 100).mean() == 0.75
+    for part in (np.bincount(seen, minlength=300)[:100], np.bincount(seen, minlength=300)[100:]):
+        assert part.max() - part.min() <= 1
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1, 0], [1, -1], [1, float("nan")], [1, float("inf")]])
+def test_wrong_weights(weights):
+    with pytest.raises(UserError, match="weights: got"):
+        Order(30, 20, 5, [np.array([10]), np.array([20])], weights)
+
+
+def test_the_order_of_shards_is_pinned():
+    """A run must resume under another version of NumPy, so the order may never change."""
+    sizes = np.array([3, 2, 4, 1, 2])
+    with patch("clipa_fast.data.order.WHOLE", 8):
+        order = Order(12, 4, 3, [sizes], None, 2)
+    np.testing.assert_array_equal(np.concatenate([order.indices(step) for step in range(3)]), PINNED_SHARDS)
+
+
+PINNED_SHARDS = [8, 6, 9, 10, 7, 5, 11, 0, 3, 4, 1, 2]
