@@ -69,7 +69,9 @@ def process_batches(make: BatchMaker, steps: Iterable[int], workers: int) -> Gen
             submit(slot)
             yield batch, tally
     except BrokenProcessPool as error:
-        raise UserError("data: a worker process was killed, mostly for memory; fewer data.workers need less") from error
+        raise UserError(
+            "data: a worker process ended before its time; if nothing is said above, memory ran out"
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         del slots
