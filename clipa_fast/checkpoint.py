@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from clipa_fast.config import ModelConfig
+from clipa_fast.config import COMPUTING_FIELDS, ModelConfig
 from clipa_fast.errors import UserError
 
 
@@ -42,7 +42,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._folder = folder.absolute()
         self._manager = ocp.CheckpointManager(self._folder, options=options)
-        self._model = dataclasses.asdict(dataclasses.replace(model, remat="none", scan_unroll=1, dtype="float32"))
+        # A checkpoint may be read by a run that computes the same model in another way.
+        computing = {f.name: f.default for f in dataclasses.fields(model) if f.name in COMPUTING_FIELDS}
+        self._model = dataclasses.asdict(dataclasses.replace(model, **computing))
 
     def save(self, state: Any, position: Position) -> None:
         """Starts writing; the device buffers may be reused at once."""

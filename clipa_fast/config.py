@@ -35,11 +35,34 @@ class ModelConfig:
 
     preset: str = "B/16"
     """Size and patch, such as S/16, B/16, L/14, H/14 or bigG/14 (`clipa-fast recipes` lists the sizes)."""
-    convention: Literal["clipa", "open_clip"] = "clipa"
-    """clipa: tanh GELU, LayerNorm eps 1e-6, fixed sin-cos image positions. open_clip: exact GELU, eps 1e-5, stored
-    table."""
-    image_pool: Literal["gap", "tok"] = "gap"
-    """gap: mean over patches, then LayerNorm. tok: LayerNorm, then the class token."""
+    convention: Literal["clipa", "open_clip", "openai"] = "clipa"
+    """clipa: tanh GELU, LayerNorm eps 1e-6, fixed sin-cos image positions. open_clip: CLIPA as open_clip ships it, with
+    exact GELU, eps 1e-5, a stored table. openai: the classic CLIP, with quick GELU, eps 1e-5, a stored table, LayerNorm
+    before the first block, class token, causal text read at its end token. The fields from image_pool to text_rule
+    replace single choices of a convention."""
+    image_pool: Literal["gap", "tok"] | None = None
+    """gap: mean over patches, then LayerNorm (clipa, open_clip). tok: LayerNorm, then the class token (openai)."""
+    image_positions: Literal["sincos", "stored"] | None = None
+    """sincos: fixed, recomputed for any grid. stored: a table of parameters."""
+    pre_norm: bool | None = None
+    """LayerNorm between the patch embedding and the first block of the image tower."""
+    activation: Literal["gelu_tanh", "gelu", "quick_gelu"] | None = None
+    """Of both towers' MLPs. quick_gelu: x * sigmoid(1.702 x)."""
+    norm_eps: float | None = None
+    """Added to the variance in every LayerNorm."""
+    causal_text: bool | None = None
+    """Whether a text token sees only those before it."""
+    text_pool: Literal["last", "end"] | None = None
+    """Where the text is read. last: the last position. end: the largest token, which CLIP's end token is."""
+    pixel_norm: Literal["imagenet", "openai", "inception"] | None = None
+    """Mean and deviation that pixels are normalised with."""
+    resize: Literal["squash", "shorter_side"] | None = None
+    """How evaluation makes a picture square: squash it, or cut the middle out (openai)."""
+    resize_filter: Literal["bilinear", "bicubic"] | None = None
+    """How evaluation interpolates; bicubic for openai."""
+    text_rule: Literal["clipa", "open_clip"] | None = None
+    """How WordPiece fills a row. clipa: [CLS] and length - 1 pieces, the text as it is. open_clip: one piece less, as
+    its [SEP] gives way to padding, and the text repaired by ftfy first."""
     vocab_size: int | None = None
     """Rows of the token table. None: 32,000 as in the papers, or the size of a vocabulary trained on the run's
     captions."""
@@ -53,8 +76,14 @@ class ModelConfig:
     """Compute dtype. Parameters, softmax and loss are float32 always."""
     remat: Literal["none", "image", "text", "both"] = "none"
     """Which tower recomputes its blocks in the backward pass."""
+    attention: Literal["auto", "xla", "tpu", "gpu"] = "auto"
+    """Implementation of attention. auto: the best that can serve the call on this machine."""
     scan_unroll: int = 1
     """Blocks per step of the scan over layers: more compiles longer and can run faster."""
+
+
+COMPUTING_FIELDS = ("dtype", "remat", "attention", "scan_unroll")
+"""Fields of ModelConfig that say how a model is computed, not which one it is."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +150,11 @@ class DataConfig:
     weights: tuple[float, ...] = ()
     """Share of the batch that each entry of `train` gets, on any scale; empty: as many as it has samples."""
     tokenizer: str | None = None
-    """BERT vocab.txt, a folder holding one, or a tokenizers .json. None: a WordPiece trained on the run's captions."""
+    """BERT vocab.txt, a tokenizers .json, CLIP's bpe_simple_vocab_16e6.txt.gz, a folder holding one of them, or
+    hf://ORG/NAME. `captions`: a WordPiece trained on the run's captions. None: what lies beside the weights of
+    init_from, else captions."""
     trained_vocab_size: int = 4096
-    """Entries of the WordPiece trained where no tokenizer is given."""
+    """Entries of the WordPiece trained on the run's captions."""
     workers: int = 2
     """Processes that decode and crop; threads where the pictures fit in memory."""
     cache_mb: int = 512
@@ -144,6 +175,10 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     stages: tuple[StageConfig, ...] = (StageConfig(),)
     """Stages in order; each carries the parameters on and starts the optimizer afresh."""
+    init_from: str | None = None
+    """Weights to start from instead of random ones: a run's folder, a folder or file in open_clip's format, an .npz of
+    CLIPA's JAX code, or hf://ORG/NAME. They bring their tokenizer and their `model` along, of which dtype, remat,
+    attention and scan_unroll stay free."""
     seed: int = 0
     """Fixes initialisation, masks, crops and the order of the data."""
     log_every: int = 50

@@ -12,8 +12,9 @@ from clipa_kernels import contrastive_loss
 from flax import nnx
 
 from clipa_fast.config import ModelConfig, StageConfig
+from clipa_fast.model.architecture import architecture
 from clipa_fast.model.image_masks import image_mask
-from clipa_fast.model.positions import resize_grid_table, resize_text_table
+from clipa_fast.model.positions import cut_text_table, resize_grid_table, resize_text_table
 from clipa_fast.model.presets import grid_size, towers
 from clipa_fast.model.towers import CLIP
 from clipa_fast.optimizer import learning_rate_schedule, make_optimizer
@@ -47,7 +48,8 @@ def resize_params(params: Params, config: ModelConfig, image_size: int, text_len
 
     Sin-cos image positions are no parameters and follow the grid by themselves.
     """
-    text = dict(params["text"], position_table=resize_text_table(params["text"]["position_table"], text_length))
+    resize_text = resize_text_table if architecture(config).text_pool == "last" else cut_text_table
+    text = dict(params["text"], position_table=resize_text(params["text"]["position_table"], text_length))
     vision = dict(params["vision"])
     if "position_table" in vision:
         grid = grid_size(image_size, towers(config).patch_size)

@@ -39,3 +39,11 @@ def resize_text_table(table: jax.Array, length: int) -> jax.Array:
     if table.shape[0] == length:
         return table
     return jax.image.resize(table, (length, table.shape[1]), "bilinear")
+
+
+def cut_text_table(table: jax.Array, length: int) -> jax.Array:
+    """A text table [L, width] for another length, every position's row kept: cut, or its last row repeated.
+
+    For texts read at their end token, whose padding has no part: one that fits both lengths keeps its feature.
+    """
+    return table[jnp.minimum(jnp.arange(length), table.shape[0] - 1)]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from clipa_fast.config import ModelConfig, TowerSize
 from clipa_fast.errors import UserError
+from clipa_fast.model.architecture import architecture
 
 PAPER_VOCAB_SIZE = 32_000
 
@@ -65,7 +66,7 @@ def towers(config: ModelConfig) -> Towers:
             raise UserError(f"model.{name}: sizes must be positive, got {size}")
         if size.width % size.num_heads:
             raise UserError(f"model.{name}: width {size.width} is not divisible by num_heads {size.num_heads}")
-    if vision.width % 4:
+    if vision.width % 4 and architecture(config).image_positions == "sincos":
         raise UserError(f"model.vision: width {vision.width} is not divisible by 4, which sin-cos positions need")
     embed_dim = TEXT[letter].width if config.embed_dim is None else config.embed_dim
     if embed_dim < 1:

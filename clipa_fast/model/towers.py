@@ -10,21 +10,21 @@ import numpy as np
 from flax import nnx
 
 from clipa_fast.config import ModelConfig
+from clipa_fast.model.architecture import PIXEL_NORMS, architecture
 from clipa_fast.model.image_masks import MaskFn
 from clipa_fast.model.positions import sincos_2d
 from clipa_fast.model.presets import PAPER_VOCAB_SIZE, Towers, grid_size, towers
-from clipa_fast.model.transformer import BlockInit, Convention, Transformer, layer_norm, linear
+from clipa_fast.model.transformer import AttentionOptions, BlockInit, Transformer, layer_norm, linear
 
 # CLIPA's JAX code scales residual initialisation as if every text tower had 12 layers.
 _CLIPA_INIT_DEPTH = 12
 _INITIAL_LOGIT_SCALE = float(np.log(1 / 0.07))
-_IMAGENET_MEAN = 255 * np.array([0.485, 0.456, 0.406], np.float32)
-_IMAGENET_STD = 255 * np.array([0.229, 0.224, 0.225], np.float32)
 
 
-def normalize_pixels(image: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
-    """uint8 pixels [..., 3] to ImageNet-normalised values, on the device."""
-    return ((image.astype(jnp.float32) - _IMAGENET_MEAN) / _IMAGENET_STD).astype(dtype)
+def normalize_pixels(image: jax.Array, pixel_norm: str = "imagenet", dtype: Any = jnp.float32) -> jax.Array:
+    """uint8 pixels [..., 3] to normalised values, on the device; `pixel_norm` is a name of `PIXEL_NORMS`."""
+    mean, std = (255 * np.array(values, np.float32) for values in PIXEL_NORMS[pixel_norm])
+    return ((image.astype(jnp.float32) - mean) / std).astype(dtype)
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:
@@ -39,28 +39,32 @@ class VisionTower(nnx.Module):
 
     def __init__(self, sizes: Towers, config: ModelConfig, grid: int, *, rngs: nnx.Rngs):
         size, patch, dtype = sizes.vision, sizes.patch_size, jnp.dtype(config.dtype)
-        convention = Convention.named(config.convention)
+        about = architecture(config)
         normal = nnx.initializers.normal(size.width**-0.5)
-        self.patch_size, self.pool, self.dtype = patch, config.image_pool, dtype
+        self.patch_size, self.pool, self.dtype = patch, about.image_pool, dtype
         self.patch_kernel = nnx.Param(
             nnx.initializers.lecun_normal(in_axis=(0, 1, 2))(rngs.params(), (patch, patch, 3, size.width), jnp.float32)
         )
-        if config.convention == "open_clip":
+        if config.convention == "clipa":
+            self.class_token = nnx.Param(jnp.zeros((size.width,), jnp.float32))
+        else:
             self.class_token = nnx.Param(normal(rngs.params(), (size.width,), jnp.float32))
+        if about.image_positions == "stored":
             self.position_table = nnx.Param(normal(rngs.params(), (1 + grid**2, size.width), jnp.float32))
         else:
-            self.class_token = nnx.Param(jnp.zeros((size.width,), jnp.float32))
             self.position_table = None
+        self.norm_pre = layer_norm(size.width, about.norm_eps, dtype, rngs) if about.pre_norm else None
         self.transformer = Transformer(
             size,
             BlockInit.xavier(),
-            convention,
+            about,
             dtype,
+            options=AttentionOptions.of(config, is_causal=False),
             remat=config.remat in ("image", "both"),
             unroll=config.scan_unroll,
             rngs=rngs,
         )
-        self.norm = layer_norm(size.width, convention.norm_eps, dtype, rngs)
+        self.norm = layer_norm(size.width, about.norm_eps, dtype, rngs)
         self.head = linear(size.width, sizes.embed_dim, normal, dtype, rngs, bias=False)
 
     def __call__(self, image: jax.Array, mask: MaskFn | None = None) -> jax.Array:
@@ -83,20 +87,23 @@ class VisionTower(nnx.Module):
         first = jnp.broadcast_to(self.class_token[...].astype(self.dtype) + table[0], (batch, 1, width))
         x = jnp.concatenate([first, tokens], axis=1)
         seq_len = x.shape[1]
-        x = self.transformer(x.reshape(batch * seq_len, width), seq_len).reshape(batch, seq_len, width)
+        x = x.reshape(batch * seq_len, width)
+        x = x if self.norm_pre is None else self.norm_pre(x)
+        x = self.transformer(x, seq_len).reshape(batch, seq_len, width)
         pooled = x[:, 1:].mean(axis=1) if self.pool == "gap" else x[:, 0]
         return self.head(self.norm(pooled))
 
 
 class TextTower(nnx.Module):
-    """Transformer without a mask, read at the last position: padding is part of the model."""
+    """CLIPA's: a transformer without a mask, read at the last position, so that padding is part of the model. The
+    classic CLIP's: causal and read at the end token, so that padding has no part in it."""
 
     def __init__(self, sizes: Towers, config: ModelConfig, length: int, *, rngs: nnx.Rngs):
         size, dtype = sizes.text, jnp.dtype(config.dtype)
-        convention = Convention.named(config.convention)
+        about = architecture(config)
         vocab_size = PAPER_VOCAB_SIZE if config.vocab_size is None else config.vocab_size
         init_depth = _CLIPA_INIT_DEPTH if config.convention == "clipa" else size.depth
-        self.dtype = dtype
+        self.pool, self.dtype = about.text_pool, dtype
         self.token_table = nnx.Param(
             nnx.initializers.normal(0.02)(rngs.params(), (vocab_size, size.width), jnp.float32)
         )
@@ -104,13 +111,14 @@ class TextTower(nnx.Module):
         self.transformer = Transformer(
             size,
             BlockInit.scaled_normal(size.width, init_depth),
-            convention,
+            about,
             dtype,
+            options=AttentionOptions.of(config, is_causal=about.causal_text),
             remat=config.remat in ("text", "both"),
             unroll=config.scan_unroll,
             rngs=rngs,
         )
-        self.norm = layer_norm(size.width, convention.norm_eps, dtype, rngs)
+        self.norm = layer_norm(size.width, about.norm_eps, dtype, rngs)
         self.head = linear(
             size.width, sizes.embed_dim, nnx.initializers.normal(size.width**-0.5), dtype, rngs, bias=False
         )
@@ -123,7 +131,9 @@ class TextTower(nnx.Module):
         x = (self.token_table[...][tokens] + self.position_table[...]).astype(self.dtype)
         width = x.shape[-1]
         x = self.transformer(x.reshape(batch * length, width), length).reshape(batch, length, width)
-        return self.head(self.norm(x[:, -1]))
+        # CLIP's end token has the largest id; the first one counts.
+        pooled = x[:, -1] if self.pool == "last" else x[jnp.arange(batch), jnp.argmax(tokens, axis=1)]
+        return self.head(self.norm(pooled))
 
 
 class CLIP(nnx.Module):
@@ -131,19 +141,20 @@ class CLIP(nnx.Module):
 
     Args:
       config: sizes and conventions.
-      image_size: side of the picture in pixels; fixes the stored position table of the open_clip convention.
+      image_size: side of the picture in pixels; fixes the size of a stored position table.
       text_length: tokens per caption.
     """
 
     def __init__(self, config: ModelConfig, image_size: int, text_length: int, *, rngs: nnx.Rngs):
         sizes = towers(config)
+        self.pixel_norm = architecture(config).pixel_norm
         self.vision = VisionTower(sizes, config, grid_size(image_size, sizes.patch_size), rngs=rngs)
         self.text = TextTower(sizes, config, text_length, rngs=rngs)
         self.log_logit_scale = nnx.Param(jnp.asarray(_INITIAL_LOGIT_SCALE, jnp.float32))
 
     def encode_image(self, image: jax.Array, mask: MaskFn | None = None) -> jax.Array:
         """Pixels uint8 [B, side, side, 3] to L2-normalised float32 features [B, embed_dim]."""
-        return l2_normalize(self.vision(normalize_pixels(image), mask))
+        return l2_normalize(self.vision(normalize_pixels(image, self.pixel_norm), mask))
 
     def encode_text(self, tokens: jax.Array) -> jax.Array:
         """Tokens int32 [B, L] to L2-normalised float32 features [B, embed_dim]."""

@@ -12,21 +12,35 @@ import jax.numpy as jnp
 from clipa_kernels import flat_attention
 from flax import nnx
 
-from clipa_fast.config import TowerSize
+from clipa_fast.config import ModelConfig, TowerSize
+from clipa_fast.model.architecture import Architecture
 
 _ZEROS = nnx.initializers.zeros_init()
 
 
 @dataclass(frozen=True)
-class Convention:
-    """Where the original JAX code and open_clip's port differ in the blocks."""
+class AttentionOptions:
+    """What `flat_attention` is told beyond sizes."""
 
-    gelu_tanh: bool
-    norm_eps: float
+    is_causal: bool
+    implementation: str | None
 
     @classmethod
-    def named(cls, name: str) -> Convention:
-        return cls(gelu_tanh=name == "clipa", norm_eps=1e-6 if name == "clipa" else 1e-5)
+    def of(cls, config: ModelConfig, is_causal: bool) -> AttentionOptions:
+        return cls(is_causal, None if config.attention == "auto" else config.attention)
+
+
+def gelu_erf(x: jax.Array) -> jax.Array:
+    """Exact GELU as PyTorch computes it. jax's goes through erfc, which takes a CPU twice as long."""
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": gelu_erf,
+    "gelu_tanh": jax.nn.gelu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
 
 
 @dataclass(frozen=True)
@@ -101,11 +115,13 @@ def narrowing_dot_general(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with biases."""
+    """Multi-head self-attention with biases; `options` go to `flat_attention`."""
 
-    def __init__(self, size: TowerSize, init: BlockInit, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+    def __init__(
+        self, size: TowerSize, init: BlockInit, options: AttentionOptions, dtype: jnp.dtype, *, rngs: nnx.Rngs
+    ):
         width = size.width
-        self.num_heads = size.num_heads
+        self.num_heads, self.options = size.num_heads, options
         self.query = linear(width, width, init.attention_in, dtype, rngs)
         self.key = linear(width, width, init.attention_in, dtype, rngs)
         self.value = linear(width, width, init.attention_in, dtype, rngs)
@@ -114,37 +130,47 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, seq_len: int) -> jax.Array:
         query, key, value = self.query(x), self.key(x), self.value(x)
         with jax.named_scope("attention"):  # profiles tell it apart by this name
-            output = flat_attention(query, key, value, num_heads=self.num_heads, seq_len=seq_len)
+            output = flat_attention(
+                query,
+                key,
+                value,
+                num_heads=self.num_heads,
+                seq_len=seq_len,
+                is_causal=self.options.is_causal,
+                implementation=self.options.implementation,
+            )
         return self.out(output)
 
 
 class Mlp(nnx.Module):
-    """Dense, GELU, Dense."""
+    """Dense, a kind of GELU, Dense."""
 
-    def __init__(self, size: TowerSize, init: BlockInit, gelu_tanh: bool, dtype: jnp.dtype, *, rngs: nnx.Rngs):
-        self.gelu_tanh = gelu_tanh
+    def __init__(self, size: TowerSize, init: BlockInit, activation: str, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        self.activation = activation
         self.fc = linear(size.width, size.mlp_dim, init.mlp_in, dtype, rngs)
         self.proj = linear(size.mlp_dim, size.width, init.mlp_out, dtype, rngs, dot_general=narrowing_dot_general)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = self.fc(x)
-        return self.proj(jax.nn.gelu(hidden) if self.gelu_tanh else gelu_erf(hidden))
-
-
-def gelu_erf(x: jax.Array) -> jax.Array:
-    """Exact GELU as PyTorch computes it. jax's goes through erfc, which takes a CPU twice as long."""
-    wide = x.astype(jnp.float32)
-    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+        return self.proj(ACTIVATIONS[self.activation](self.fc(x)))
 
 
 class Block(nnx.Module):
     """x += attention(norm(x)); x += mlp(norm(x))."""
 
-    def __init__(self, size: TowerSize, init: BlockInit, convention: Convention, dtype: jnp.dtype, *, rngs: nnx.Rngs):
-        self.norm1 = layer_norm(size.width, convention.norm_eps, dtype, rngs)
-        self.attention = Attention(size, init, dtype, rngs=rngs)
-        self.norm2 = layer_norm(size.width, convention.norm_eps, dtype, rngs)
-        self.mlp = Mlp(size, init, convention.gelu_tanh, dtype, rngs=rngs)
+    def __init__(
+        self,
+        size: TowerSize,
+        init: BlockInit,
+        about: Architecture,
+        options: AttentionOptions,
+        dtype: jnp.dtype,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.norm1 = layer_norm(size.width, about.norm_eps, dtype, rngs)
+        self.attention = Attention(size, init, options, dtype, rngs=rngs)
+        self.norm2 = layer_norm(size.width, about.norm_eps, dtype, rngs)
+        self.mlp = Mlp(size, init, about.activation, dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, seq_len: int) -> jax.Array:
         x = x + self.attention(self.norm1(x), seq_len)
@@ -158,9 +184,10 @@ class Transformer(nnx.Module):
         self,
         size: TowerSize,
         init: BlockInit,
-        convention: Convention,
+        about: Architecture,
         dtype: jnp.dtype,
         *,
+        options: AttentionOptions,
         remat: bool,
         unroll: int,
         rngs: nnx.Rngs,
@@ -168,7 +195,7 @@ class Transformer(nnx.Module):
         @nnx.split_rngs(splits=size.depth)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stacked(rngs: nnx.Rngs) -> Block:
-            return Block(size, init, convention, dtype, rngs=rngs)
+            return Block(size, init, about, options, dtype, rngs=rngs)
 
         self.blocks = stacked(rngs)
         self.remat = remat

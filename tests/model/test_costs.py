@@ -106,7 +106,7 @@ def products(jaxpr):
     return total
 
 
-def textbook_attention(query, key, value, *, num_heads, seq_len):
+def textbook_attention(query, key, value, *, num_heads, seq_len, is_causal, implementation):
     query, key, value = (x.reshape(-1, seq_len, num_heads, x.shape[-1] // num_heads) for x in (query, key, value))
     weights = jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", query, key))
     return jnp.einsum("bnts,bsnh->btnh", weights, value).reshape(-1, num_heads * query.shape[-1])

@@ -84,7 +84,7 @@ def test_another_models_checkpoint_is_refused_by_field(config, folder):
     message = str(caught.value)
     assert str(folder) in message
     assert "embed_dim 16 instead of 24" in message
-    assert "image_pool gap instead of tok" in message
+    assert "image_pool None instead of tok" in message
     assert "preset" not in message
     assert "\n" not in message
 
