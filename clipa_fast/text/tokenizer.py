@@ -13,6 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from clipa_fast.errors import UserError
+from clipa_fast.text.cleaning import check_ftfy, repair_text
 from clipa_fast.text.part_of_speech import part_of_speech_table
 from clipa_fast.text.reduction import Pieces, RandomState, reduce_pieces
 
@@ -28,8 +29,8 @@ class WordPieceTokenizer:
     text tower reads the last position and has no mask, so `length` is part of the model: always tokenize to the one
     that the model was trained at.
 
-    Text is never read as a special token: "[SEP]" in a caption is the three words "[", "sep", "]". The tokenizer can
-    be pickled.
+    Text is never read as a special token: "[SEP]" in a caption is the three words "[", "sep", "]". Another rule is
+    open_clip's, see `__init__`. The tokenizer can be pickled.
 
     Attributes:
       vocabulary: the entries, by id.
@@ -37,17 +38,23 @@ class WordPieceTokenizer:
       pad_id, unk_id, cls_id, sep_id, mask_id: ids of the special entries; `pad_id` is 0.
     """
 
-    def __init__(self, vocabulary: Sequence[str], *, max_input_chars_per_word: int = 100):
+    def __init__(self, vocabulary: Sequence[str], *, max_input_chars_per_word: int = 100, rule: str = "clipa"):
         """A tokenizer of these entries.
 
         Args:
           vocabulary: distinct entries, by id, among them [PAD] first and [UNK], [CLS], [SEP], [MASK] anywhere; pieces
             that continue a word begin with "##".
           max_input_chars_per_word: longer words become [UNK] whole, as in BERT.
+          rule: "clipa", or "open_clip" for captions as open_clip's port of CLIPA reads them: repaired by ftfy, special
+            entries recognised where spelled out, and the first `length - 2` pieces kept, since [SEP] takes a place
+            before it is made padding.
 
         Raises:
-          UserError: an entry is there twice, a special one is missing, or [PAD] is not the first.
+          UserError: an entry is there twice, a special one is missing, [PAD] is not the first, or an unknown rule.
         """
+        if rule not in ("clipa", "open_clip"):
+            raise UserError(f"text_rule: got {rule!r}; accepted: clipa, open_clip")
+        self.rule, self._max_chars = rule, max_input_chars_per_word
         self.vocabulary = tuple(vocabulary)
         ids = {entry: index for index, entry in enumerate(self.vocabulary)}
         if len(ids) < len(self.vocabulary):
@@ -65,6 +72,21 @@ class WordPieceTokenizer:
         self._tokenizer = _bert_tokenizer(
             models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=max_input_chars_per_word)
         )
+        if rule == "open_clip":
+            self._tokenizer.add_special_tokens(list(SPECIALS))
+
+    def with_rule(self, rule: str) -> Self:
+        """The same entries under another rule. Raises UserError for an unknown one."""
+        return (
+            self
+            if rule == self.rule
+            else type(self)(self.vocabulary, max_input_chars_per_word=self._max_chars, rule=rule)
+        )
+
+    def check_ready(self) -> None:
+        """Raises UserError where something that captions may need is not installed."""
+        if self.rule == "open_clip":
+            check_ftfy()
 
     @classmethod
     def from_vocabulary(cls, path: str | Path) -> Self:
@@ -175,7 +197,7 @@ class WordPieceTokenizer:
 
         Args:
           captions: B texts.
-          length: tokens of a row, [CLS] included; at least 2.
+          length: tokens of a row, [CLS] included; at least 2, under open_clip's rule 3.
           reduction: which pieces of a caption with more than `length - 1` are kept: "truncate", "random", "shuffle",
             "block" or "syntax" (see `reduction.reduce_pieces`).
           rng: for random, shuffle and block: one integer seed per caption, or a generator to draw them from, which
@@ -187,16 +209,21 @@ class WordPieceTokenizer:
         Raises:
           UserError: an argument is of the wrong kind, out of range, or missing.
         """
-        length = _checked_integer("length", length, 2, "for [CLS] and one piece")
+        specials = 1 if self.rule == "clipa" else 2
+        length = _checked_integer("length", length, 1 + specials, "for [CLS] and one piece")
         captions = _checked_captions(captions)
         classes = self._classes if reduction == "syntax" else None
-        tokens = np.full((len(captions), length), self.cls_id, dtype=np.int32)
-        tokens[:, 1:] = reduce_pieces(self.pieces(captions), length - 1, reduction, rng=rng, classes=classes)
+        tokens = np.zeros((len(captions), length), dtype=np.int32)
+        tokens[:, 0] = self.cls_id
+        kept = reduce_pieces(self.pieces(captions), length - specials, reduction, rng=rng, classes=classes)
+        tokens[:, 1 : 1 + kept.shape[1]] = kept if self.rule == "clipa" else np.where(kept == self.sep_id, 0, kept)
         return tokens
 
     def pieces(self, captions: Sequence[str]) -> Pieces:
         """All word pieces of B captions, without special tokens."""
         captions = _checked_captions(captions)
+        if self.rule == "open_clip":
+            captions = [repair_text(caption) for caption in captions]
         rows = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(captions, add_special_tokens=False)]
         offsets = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum([len(row) for row in rows], out=offsets[1:])
