@@ -12,16 +12,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from clipa_fast.config import DataConfig, RunConfig, config_to_yaml, load_config
+from clipa_fast.config import COMPUTING_FIELDS, DataConfig, ModelConfig, RunConfig, config_to_yaml, load_config
 from clipa_fast.data.glyphs import GlyphSource
 from clipa_fast.data.shards import ShardSource
 from clipa_fast.data.source import Source, all_captions
 from clipa_fast.errors import UserError
+from clipa_fast.model.architecture import architecture
 from clipa_fast.model.presets import PAPER_VOCAB_SIZE, towers
 from clipa_fast.progress import PlainProgress
+from clipa_fast.text.open_tokenizer import AnyTokenizer, open_tokenizer
 from clipa_fast.text.tokenizer import WordPieceTokenizer
 
 GLYPHS = "glyphs"
+CAPTIONS = "captions"
 # Captions beyond these hardly change a trained vocabulary, and reading them all would read all shards.
 _VOCABULARY_SAMPLES = 500_000
 
@@ -32,8 +35,8 @@ class Run:
 
     folder: Path
     config: RunConfig
-    """With `model.vocab_size` filled in."""
-    tokenizer: WordPieceTokenizer
+    """With `model.vocab_size` filled in, and `model` as the weights of `init_from` have it."""
+    tokenizer: AnyTokenizer
 
 
 def open_source(data: DataConfig, split: str = "train", console: Console | None = None) -> Source:
@@ -64,19 +67,20 @@ def start_run(config: RunConfig, folder: Path, source: Source) -> Run:
         raise UserError(f"run_dir: {folder} is a file")
     if (folder / "config.yaml").is_file():
         run = open_run(folder)
-        vocab_size = config.model.vocab_size or run.config.model.vocab_size
-        asked = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-        if asked != run.config:
+        if _asked(config, run.config) != run.config:
             raise UserError(
                 f"run_dir: {folder} holds a run with another config; accepted: the same config, or a new folder"
             )
         return run
-    tokenizer = _make_tokenizer(config, source)
+    tokenizer = None
+    if config.init_from is not None:
+        config, tokenizer = _from_weights(config)
+    tokenizer = _make_tokenizer(config, source, tokenizer)
+    tokenizer.check_ready()
     vocab_size = config.model.vocab_size
     if vocab_size is None:
-        vocab_size = (
-            tokenizer.vocab_size if config.data.tokenizer is None else max(PAPER_VOCAB_SIZE, tokenizer.vocab_size)
-        )
+        trained = config.data.tokenizer in (None, CAPTIONS)
+        vocab_size = tokenizer.vocab_size if trained else max(PAPER_VOCAB_SIZE, tokenizer.vocab_size)
     elif vocab_size < tokenizer.vocab_size:
         raise UserError(f"model.vocab_size: {vocab_size} is less than the tokenizer's {tokenizer.vocab_size} entries")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
@@ -101,11 +105,58 @@ def open_run(folder: Path) -> Run:
     """
     if not (folder / "config.yaml").is_file() or not (folder / "tokenizer.json").is_file():
         raise UserError(f"run_dir: no run in {folder}; accepted: a folder made by clipa-fast train")
-    return Run(folder, load_config(folder / "config.yaml"), WordPieceTokenizer.from_file(folder / "tokenizer.json"))
+    config = load_config(folder / "config.yaml")
+    return Run(folder, config, open_tokenizer(folder / "tokenizer.json", architecture(config.model).text_rule))
 
 
-def _make_tokenizer(config: RunConfig, source: Source) -> WordPieceTokenizer:
-    path = config.data.tokenizer
-    if path is None:
-        return WordPieceTokenizer.train(all_captions(source, _VOCABULARY_SAMPLES)[0], config.data.trained_vocab_size)
-    return WordPieceTokenizer.from_file(path) if path.endswith(".json") else WordPieceTokenizer.from_vocabulary(path)
+def _asked(config: RunConfig, known: RunConfig) -> RunConfig:
+    """`config` with what starting the run `known` filled in."""
+    if config.init_from is not None and config.init_from == known.init_from:
+        return dataclasses.replace(config, model=_with_weights_model(config.model, known.model))
+    vocab_size = config.model.vocab_size or known.model.vocab_size
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+
+
+def _from_weights(config: RunConfig) -> tuple[RunConfig, AnyTokenizer | None]:
+    """The config with the model of its weights, and the tokenizer that lies beside them."""
+    from clipa_fast.pretrained import open_pretrained  # imports jax
+
+    weights = open_pretrained(str(config.init_from))
+    model = _with_weights_model(config.model, weights.config)
+    return dataclasses.replace(config, model=model), weights.tokenizer
+
+
+def _with_weights_model(asked: ModelConfig, weights: ModelConfig) -> ModelConfig:
+    """The weights' model, computed as asked for.
+
+    Raises:
+      UserError: the config describes another model.
+    """
+    free = (*COMPUTING_FIELDS, "image_positions")
+    model = dataclasses.replace(weights, **{name: getattr(asked, name) for name in COMPUTING_FIELDS})
+    if asked.image_positions is not None:
+        model = dataclasses.replace(model, image_positions=asked.image_positions)
+    for field in dataclasses.fields(ModelConfig):
+        ours, theirs = getattr(asked, field.name), getattr(model, field.name)
+        if field.name not in free and ours not in (field.default, theirs):
+            raise UserError(
+                f"model.{field.name}: {ours!r}, but the weights of init_from have {theirs!r}; accepted: leave it out"
+            )
+    return model
+
+
+def _make_tokenizer(config: RunConfig, source: Source, beside_weights: AnyTokenizer | None) -> AnyTokenizer:
+    path, rule = config.data.tokenizer, architecture(config.model).text_rule
+    if path is None and beside_weights is not None:
+        return beside_weights
+    if path is None and config.init_from is not None:
+        raise UserError(
+            f"data.tokenizer: no tokenizer lies beside {config.init_from}; accepted: a path to the one it was trained"
+            f" with, or `{CAPTIONS}` to make a new one"
+        )
+    if path in (None, CAPTIONS):
+        size = config.data.trained_vocab_size
+        if config.init_from is not None and config.model.vocab_size is not None:
+            size = min(size, config.model.vocab_size)
+        return WordPieceTokenizer.train(all_captions(source, _VOCABULARY_SAMPLES)[0], size).with_rule(rule)
+    return open_tokenizer(path, rule)

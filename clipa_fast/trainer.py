@@ -21,8 +21,9 @@ from clipa_fast.metrics import Metrics
 from clipa_fast.model.mask_sizes import count_kept
 from clipa_fast.model.presets import grid_size, towers
 from clipa_fast.optimizer import num_steps
+from clipa_fast.pretrained import starting_params
 from clipa_fast.progress import StageProgress
-from clipa_fast.text.tokenizer import WordPieceTokenizer
+from clipa_fast.text.open_tokenizer import AnyTokenizer
 from clipa_fast.train_step import compile_train_step, init_params, init_state, resize_params
 
 # Steps in flight: enough to hide the hand-over, few enough to bound memory.
@@ -42,7 +43,7 @@ class NonFiniteLoss(Exception):
 
 
 def train(
-    config: RunConfig, folder: Path, source: Source, tokenizer: WordPieceTokenizer, console: Console | None = None
+    config: RunConfig, folder: Path, source: Source, tokenizer: AnyTokenizer, console: Console | None = None
 ) -> dict[str, Any]:
     """Trains, or goes on where the folder's newest checkpoint stands, and returns the trained parameters.
 
@@ -71,7 +72,7 @@ def train(
             console.print(f"resuming after step {position.step}", highlight=False)
         else:
             first, position = config.stages[0], Position(0, 0, 0, 0.0)
-            state = init_state(init_params(config.model, first.image_size, first.text_length, config.seed), first)
+            state = init_state(_first_params(config, first), first)
         while True:
             state, position = _run_stage(
                 config, state, position, source, tokenizer, checkpoints, metrics, stop, console
@@ -172,6 +173,14 @@ def tokens_per_pair(config: RunConfig, stage: StageConfig) -> int:
     """Tokens that the towers see of one pair: kept patches, class token and text."""
     grid = grid_size(stage.image_size, towers(config.model).patch_size)
     return count_kept(stage.image_mask, stage.mask_ratio, grid) + 1 + stage.text_length
+
+
+def _first_params(config: RunConfig, stage: StageConfig) -> dict[str, Any]:
+    """Fresh parameters, or those of the weights to start from, for the run's first stage."""
+    if config.init_from is None:
+        return init_params(config.model, stage.image_size, stage.text_length, config.seed)
+    params = starting_params(config.init_from, config.model)
+    return resize_params(params, config.model, stage.image_size, stage.text_length)
 
 
 def _abstract_state(config: RunConfig, stage: StageConfig):
