@@ -40,20 +40,73 @@ class Train:
 
 @dataclass(frozen=True)
 class Eval:
-    """Evaluate a run: zero-shot classification where classes are given, and retrieval."""
+    """Evaluate a model: zero-shot classification where classes are given, retrieval where there are captions."""
 
-    run_dir: Path
-    """Folder of a trained run."""
     data: tuple[str, ...]
-    """Tar shards (paths, globs, brace lists), or `glyphs` for its two unseen styles."""
-    class_names: Path | None = None
-    """JSON with "classes" (label, name, ...) and "templates"; samples carry their label in their json."""
+    """Tar shards (paths, globs, brace lists), a folder of pictures, a saved Hugging Face dataset, or `glyphs` for its
+    two unseen styles."""
+    run_dir: Path | None = None
+    """Folder of a trained run."""
+    model: str | None = None
+    """A model of another kind instead: a folder in open_clip's format, an .npz of CLIPA's JAX code, or hf://ORG/NAME."""
+    tokenizer: str | None = None
+    """Replaces the tokenizer beside the weights."""
+    image_size: int | None = None
+    """Side of the pictures in pixels, for an .npz, which does not tell."""
+    captions: Path | None = None
+    """Captions of a folder of pictures: COCO's annotations, Karpathy's json, or a .tsv of file name and caption."""
+    split: str | None = None
+    """Of Karpathy's json or of a dataset, such as test."""
+    class_names: str | None = None
+    """JSON with "classes" (label, name, ...) and "templates", a .txt with a name per line, or `imagenet`."""
     class_filter: str | None = None
-    """FIELD=VALUE: only classes whose entry in class_names says so are candidates, such as split=seen."""
+    """FIELD=VALUE: only classes whose entry says so are candidates, such as split=seen; a=true for ImageNet-A."""
+    label_map: Path | None = None
+    """JSON from the data's labels (folder names) to a label of class_names each, or several that count as one."""
+    candidates: Literal["all", "present", "mapped"] = "all"
+    """Which classes compete: all, those that pictures have, or those of the label_map."""
+    prompts: str = "own"
+    """own (those of class_names), name, photo, clip (80), clipa (81, canonicalised), or a JSON file of templates."""
+    resize: Literal["squash", "shorter_side"] | None = None
+    """How pictures become square; None: as the model's convention has it."""
+    bootstrap: int = 1000
+    """Resamples of the confidence intervals; 0: none."""
     batch_size: int = 256
-    """Pictures or captions encoded at once."""
+    """Pictures or captions encoded at once, divided among the devices."""
     output: Path | None = None
     """Write the figures there as JSON too."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """Read a model of another origin, check every tensor, write it as a folder that load, eval and train start from."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """A folder or file in open_clip's format, an .npz of CLIPA's JAX code, or hf://ORG/NAME."""
+    output: Path
+    """The new folder."""
+    tokenizer: str | None = None
+    """Replaces the tokenizer beside the weights."""
+    image_size: int | None = None
+    """Side of the pictures in pixels, for an .npz, which does not tell. None: 224."""
+    image_pool: Literal["gap", "tok"] = "gap"
+    """Pooling, for an .npz, which does not tell either: gap for CLIPA-v2, tok for most of v1."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a trained model for open_clip, or as StableHLO with a loader that needs jax alone."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Folder of a run, or any model that import reads."""
+    output: Path
+    """The new folder."""
+    format: Literal["open_clip", "stablehlo"] = "open_clip"
+    """open_clip: safetensors, config and tokenizer files. stablehlo: both towers as programs, with their weights."""
+    tokenizer: str | None = None
+    """Replaces the tokenizer beside the weights."""
+    hub_name: str | None = None
+    """ORG/NAME of the hub repository an open_clip folder is meant for, where its tokenizer is to be found."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +214,8 @@ class Doctor:
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Import, tyro.conf.subcommand("import")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Recipes, tyro.conf.subcommand("recipes")]
     | Annotated[Pack, tyro.conf.subcommand("pack")]
@@ -252,7 +307,7 @@ def find_recipe(name: str) -> RunConfig:
     return RECIPES[name]
 
 
-def _run(arguments: Train | Eval | Demo | Recipes | Pack | Doctor | Profile, argv: list[str]) -> None:
+def _run(arguments: Train | Eval | Import | Export | Demo | Recipes | Pack | Doctor | Profile, argv: list[str]) -> None:
     if isinstance(arguments, Recipes):
         from clipa_fast.recipe_table import print_recipes
 
@@ -267,10 +322,18 @@ def _run(arguments: Train | Eval | Demo | Recipes | Pack | Doctor | Profile, arg
         from clipa_fast.profiling.command import profile_command
 
         return print(profile_command(**dataclasses.asdict(arguments)))
-    from clipa_fast import commands
     from clipa_fast.cpu_memory import keep_freed_memory
 
     keep_freed_memory()
+    if isinstance(arguments, Import | Export):
+        from clipa_fast.model_commands import export_command, import_command
+
+        run = import_command if isinstance(arguments, Import) else export_command
+        return run(**{item.name: getattr(arguments, item.name) for item in dataclasses.fields(arguments)})
+    if isinstance(arguments, Eval):
+        return _evaluate(arguments)
+    from clipa_fast import commands
+
     if isinstance(arguments, Train):
         return _stoppable(lambda: commands.train_command(arguments.settings, arguments.run_dir), argv)
     if isinstance(arguments, Doctor):
@@ -279,14 +342,22 @@ def _run(arguments: Train | Eval | Demo | Recipes | Pack | Doctor | Profile, arg
         config = _base_config(argv)
         findings = doctor_command(arguments.data, config, steps=arguments.steps, full_model=arguments.full_model)
         raise SystemExit(0 if all(finding.is_fine for finding in findings) else EXIT_UNWELL)
-    if isinstance(arguments, Demo):
-        run = partial(commands.demo_command, arguments.run_dir, arguments.seed, arguments.samples_scale)
-        return _stoppable(run, argv)
-    commands.eval_command(
-        arguments.run_dir,
-        arguments.data,
-        class_names=arguments.class_names,
-        class_filter=arguments.class_filter,
-        batch_size=arguments.batch_size,
-        output=arguments.output,
-    )
+    run = partial(commands.demo_command, arguments.run_dir, arguments.seed, arguments.samples_scale)
+    return _stoppable(run, argv)
+
+
+def _evaluate(arguments: Eval) -> None:
+    from clipa_fast.evaluate import EvaluationData, Protocol, eval_command
+    from clipa_fast.run import open_run
+
+    if (arguments.run_dir is None) == (arguments.model is None):
+        raise UserError("--run-dir and --model: give one of them")
+
+    def part(kind):
+        return kind(**{item.name: getattr(arguments, item.name) for item in dataclasses.fields(kind)})
+
+    if arguments.run_dir is not None:
+        open_run(arguments.run_dir)
+    model = arguments.model or arguments.run_dir
+    same = {name: getattr(arguments, name) for name in ("tokenizer", "image_size", "batch_size", "output")}
+    eval_command(str(model), part(EvaluationData), part(Protocol), **same)

@@ -95,7 +95,7 @@ class EncodedPicture:
           DecodeError: the picture is damaged.
         """
         try:
-            return _to_rgb(self._image)
+            return to_rgb(self._image)
         except Exception as error:
             raise _reason(error) from error
 
@@ -120,7 +120,7 @@ class EncodedPicture:
                 scale *= 2
         try:
             if not self._is_jpeg:
-                return resize(_to_rgb(self._image), size, box=box, filter=filter)
+                return resize(to_rgb(self._image), size, box=box, filter=filter)
             picture = self._reduced(scale)
             if scale == 1:
                 return _three_channels(resize(picture, size, box=box, filter=filter))
@@ -138,7 +138,7 @@ class EncodedPicture:
         while self._is_jpeg and scale < _MAX_SCALE and min(self.width, self.height) >= 2 * scale * side:
             scale *= 2
         try:
-            return Image.fromarray(_three_channels(self._reduced(scale)) if self._is_jpeg else _to_rgb(self._image))
+            return Image.fromarray(_three_channels(self._reduced(scale)) if self._is_jpeg else to_rgb(self._image))
         except Exception as error:
             raise _reason(error) from error
 
@@ -191,7 +191,8 @@ def _three_channels(picture: np.ndarray) -> np.ndarray:
     return picture if picture.ndim == 3 else np.repeat(picture[:, :, None], 3, axis=2)
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """A picture of any mode as RGB, uint8 [H, W, 3]; see `EncodedPicture.rgb`."""
     if image.mode in _DEEP_GREY:
         return _three_channels(_scaled_to_8_bits(np.asarray(image)))
     if image.mode == "F":

@@ -11,21 +11,32 @@ from rich.text import Text
 from clipa_fast.evaluation.ranking import Ranking
 
 
-def print_rankings(title: str, rows: Sequence[tuple[str, Ranking]], console: Console | None = None) -> None:
+def print_rankings(
+    title: str,
+    rows: Sequence[tuple[str, Ranking]],
+    console: Console | None = None,
+    intervals: Sequence[tuple[float, float] | None] = (),
+) -> None:
     """Prints one line per ranking: accuracy at every k in percent, chance at the first, queries and candidates.
 
     Args:
       title: above the table.
       rows: a label and its ranking; all over the same ks.
       console: where to print.
+      intervals: confidence interval of each row's accuracy at the first k, if known.
     """
+    known = any(interval is not None for interval in intervals)
     ks = rows[0][1].ks if rows else ()
     table = Table(title=Text(title), title_justify="left")
     table.add_column("")
-    for head in (*(f"top-{k}" for k in ks), *(f"chance top-{k}" for k in ks[:1]), "queries", "candidates"):
+    between = [f"95 % of top-{k}" for k in ks[:1]] if known else []
+    for head in (*(f"top-{k}" for k in ks), *between, *(f"chance top-{k}" for k in ks[:1]), "queries", "candidates"):
         table.add_column(head, justify="right")
-    for label, ranking in rows:
+    for row, (label, ranking) in enumerate(rows):
         cells = [f"{100 * ranking.hits[k]:.1f} %" for k in ks]
+        if known:
+            low, high = intervals[row] or (float("nan"), float("nan"))
+            cells.append(f"{100 * low:.1f} to {100 * high:.1f}")
         cells += [f"{100 * ranking.chance[k]:.3g} %" for k in ks[:1]]
         table.add_row(Text(label), *cells, f"{len(ranking.per_query):,}", f"{ranking.num_candidates:,}")
     (console or Console()).print(table)

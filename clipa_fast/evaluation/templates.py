@@ -11,6 +11,36 @@ from clipa_fast.errors import UserError
 BARE_NAME = ("{}",)
 PHOTO = ("a photo of a {}.",)
 
+PROMPTS = ("own", "name", "photo", "clip", "clipa")
+
+
+def clip_templates() -> tuple[str, ...]:
+    """The 80 prompts of CLIP's ImageNet protocol (Radford et al. 2021; origin and licence stand in imagenet.json)."""
+    return load_templates(Path(__file__).with_name("imagenet.json"))
+
+
+def find_templates(prompts: str, own: Sequence[str]) -> tuple[tuple[str, ...], bool]:
+    """Templates by name, and whether their prompts are canonicalised.
+
+    Args:
+      prompts: "own"; "name", the bare name; "photo", one; "clip", CLIP's 80; "clipa", the 80 and the bare name,
+        canonicalised, as CLIPA's JAX code evaluates; or a JSON file, see `load_templates`.
+      own: what "own" means.
+
+    Raises:
+      UserError: an unknown name that is no file either.
+    """
+    named = {"own": tuple(own), "name": BARE_NAME, "photo": PHOTO}
+    if prompts in named:
+        return named[prompts], False
+    if prompts == "clip":
+        return clip_templates(), False
+    if prompts == "clipa":
+        return clip_templates() + BARE_NAME, True
+    if not Path(prompts).is_file():
+        raise UserError(f"prompts: got {prompts!r}; accepted: {', '.join(PROMPTS)}, or a JSON file")
+    return load_templates(prompts), False
+
 
 def load_templates(path: str | Path) -> tuple[str, ...]:
     """Templates from a JSON file: a list, or an object with one under "templates".
