@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow test-interop lint clean
 
 demo: $(VENV)/.installed
 	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/clipa-fast demo
@@ -14,13 +14,17 @@ test: $(VENV)/.dev
 slow: $(VENV)/.dev
 	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/pytest -m slow
 
+# Beside open_clip, transformers, scikit-learn and clip_benchmark, in an environment of its own; a random H/14 too.
+test-interop: $(VENV)-interop/.installed
+	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(VENV)-interop/bin/pytest tests/interop -m "slow or not slow"
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check clipa_fast kernels bench tools
 
 clean:
-	rm -rf $(VENV) build dist runs
+	rm -rf $(VENV) $(VENV)-interop build dist runs
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,3 +37,11 @@ $(VENV)/.dev: pyproject.toml
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -e '.[dev]'
 	touch $@ $(VENV)/.installed
+
+$(VENV)-interop/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-interop
+	$(VENV)-interop/bin/pip install --quiet --upgrade pip
+	$(VENV)-interop/bin/pip install --quiet torch
+	$(VENV)-interop/bin/pip install --quiet -e '.[dev,interop]' open_clip_torch transformers scikit-learn datasets
+	$(VENV)-interop/bin/pip install --quiet --no-deps clip_benchmark
+	touch $@
