@@ -11,7 +11,7 @@ from clipa_fast.config import RunConfig
 from clipa_fast.data.glyphs import GlyphSource
 from clipa_fast.data.preflight import preflight
 from clipa_fast.encode import Encoder
-from clipa_fast.run import open_source, start_run
+from clipa_fast.run import open_source, start_run, with_weights
 from clipa_fast.run_report import write_run_report
 from clipa_fast.trainer import check_run, train
 
@@ -24,8 +24,11 @@ def train_command(config: RunConfig, folder: Path, console: Console | None = Non
     """
     console = console or Console()
     source = open_source(config.data, console=console)
-    check_run(config, len(source))
+    if not (folder / "config.yaml").is_file():
+        # A run that goes on has read its weights and needs them no more.
+        check_run(with_weights(config)[0], len(source))
     run = start_run(config, folder, source)
+    check_run(run.config, len(source))
     console.print(f"{source.name}: {len(source):,} samples; run folder {folder}", highlight=False)
     for line in preflight(source, config.data, config.stages):
         console.print(line, highlight=False)

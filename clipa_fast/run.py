@@ -72,9 +72,7 @@ def start_run(config: RunConfig, folder: Path, source: Source) -> Run:
                 f"run_dir: {folder} holds a run with another config; accepted: the same config, or a new folder"
             )
         return run
-    tokenizer = None
-    if config.init_from is not None:
-        config, tokenizer = _from_weights(config)
+    config, tokenizer = with_weights(config)
     tokenizer = _make_tokenizer(config, source, tokenizer)
     tokenizer.check_ready()
     vocab_size = config.model.vocab_size
@@ -117,8 +115,14 @@ def _asked(config: RunConfig, known: RunConfig) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
 
 
-def _from_weights(config: RunConfig) -> tuple[RunConfig, AnyTokenizer | None]:
-    """The config with the model of its weights, and the tokenizer that lies beside them."""
+def with_weights(config: RunConfig) -> tuple[RunConfig, AnyTokenizer | None]:
+    """The config with the model of the weights in `init_from`, if any, and the tokenizer that lies beside them.
+
+    Raises:
+      UserError: there are no such weights, or the config describes another model.
+    """
+    if config.init_from is None:
+        return config, None
     from clipa_fast.pretrained import open_pretrained  # imports jax
 
     weights = open_pretrained(str(config.init_from))

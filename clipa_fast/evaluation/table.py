@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,7 +18,7 @@ def print_rankings(
     console: Console | None = None,
     intervals: Sequence[tuple[float, float] | None] = (),
 ) -> None:
-    """Prints one line per ranking: accuracy at every k in percent, chance at the first, queries and candidates.
+    """Prints one line per ranking: accuracy at every k in percent, chance of the first, queries and candidates.
 
     Args:
       title: above the table.
@@ -27,16 +28,17 @@ def print_rankings(
     """
     known = any(interval is not None for interval in intervals)
     ks = rows[0][1].ks if rows else ()
-    table = Table(title=Text(title), title_justify="left")
+    # Narrow enough for 80 columns.
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     table.add_column("")
     between = [f"95 % of top-{k}" for k in ks[:1]] if known else []
-    for head in (*(f"top-{k}" for k in ks), *between, *(f"chance top-{k}" for k in ks[:1]), "queries", "candidates"):
+    for head in (*(f"top-{k}" for k in ks), *between, *("chance" for _ in ks[:1]), "queries", "candidates"):
         table.add_column(head, justify="right")
     for row, (label, ranking) in enumerate(rows):
         cells = [f"{100 * ranking.hits[k]:.1f} %" for k in ks]
         if known:
             low, high = intervals[row] or (float("nan"), float("nan"))
-            cells.append(f"{100 * low:.1f} to {100 * high:.1f}")
+            cells.append(f"{100 * low:.1f}-{100 * high:.1f}")
         cells += [f"{100 * ranking.chance[k]:.3g} %" for k in ks[:1]]
         table.add_row(Text(label), *cells, f"{len(ranking.per_query):,}", f"{ranking.num_candidates:,}")
     (console or Console()).print(table)

@@ -62,6 +62,8 @@ def small_run(model_folder, **changes):
 
 @pytest.mark.parametrize("convention", ["clipa", "open_clip", "openai"])
 def test_a_run_starts_where_the_weights_are(exported, tmp_path, pictures, convention):
+    if convention != "clipa":
+        pytest.importorskip("ftfy", reason="open_clip's text rule needs ftfy")
     config = small_run(exported[convention])
     run = start_run(config, tmp_path / "run", pictures)
     weights = open_pretrained(exported[convention])

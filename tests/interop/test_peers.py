@@ -1,25 +1,16 @@
 """Side by side with open_clip, transformers, scikit-learn and clip_benchmark. `make test-interop` installs them."""
 # ruff: noqa: RUF001 - awkward characters are the point here
 
-import contextlib
 import json
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch is not installed; make test-interop installs it")
+from .peers import import_open_clip
 
-# A torchvision without its compiled half still imports once these two operators are declared; none is called.
-with contextlib.suppress(RuntimeError):
-    _library = torch.library.Library("torchvision", "DEF")
-    _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed; make test-interop installs it")
+open_clip = import_open_clip()
+torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 from clipa_fast.errors import UserError  # noqa: E402
@@ -256,12 +247,12 @@ def test_retrieval_is_clip_benchmarks_to_the_last_digit(monkeypatch, captions):
     rng = np.random.default_rng(captions)
     images = features(rng, 60)
     owner = np.repeat(np.arange(60), captions)
-    texts = images[owner] + 0.35 * features(rng, len(owner))
+    texts = images[owner] + 1.2 * features(rng, len(owner))
     texts = (texts / np.linalg.norm(texts, axis=1, keepdims=True)).astype(np.float32)
     theirs = clip_benchmark_retrieval(monkeypatch, images, texts, owner)
     ours = standard_retrieval(images, texts, owner)
     assert ours == theirs
-    assert 0.2 < theirs["image_retrieval_recall@1"] < 1
+    assert 0.2 < theirs["image_retrieval_recall@1"] < theirs["image_retrieval_recall@5"] < 1
 
 
 def test_zero_shot_is_scikit_learns_to_the_last_digit_ties_included():
@@ -297,6 +288,8 @@ def test_recall_of_captions_is_scikit_learns_ties_included():
 
 def test_classification_is_clip_benchmarks(monkeypatch):
     module = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
+    # It calls float() on arrays of one entry, which NumPy no longer takes.
+    monkeypatch.setattr(module, "float", lambda x: x.item(), raising=False)
     rng = np.random.default_rng(4)
     images, classes, labels = features(rng, 300), features(rng, 20), rng.integers(0, 20, 300)
     logits = torch.tensor(images) @ torch.tensor(classes).T
