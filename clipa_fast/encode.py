@@ -47,15 +47,12 @@ class Encoder:
         if batch_size < 1:
             raise UserError(f"batch_size: got {batch_size}; accepted: 1 and more")
         graphdef = graph(config, image_size, text_length)
-        devices = jax.local_devices()
-        # Parameters on every device, rows of a batch divided among them.
-        mesh = jax.make_mesh((len(devices),), ("batch",), (AxisType.Auto,), devices=devices)
-        whole, divided = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("batch",)))
+        whole, divided = _placement()
         self.config, self.image_size, self.text_length, self.tokenizer = config, image_size, text_length, tokenizer
         self.about = architecture(config)
         self._params = jax.device_put(params, whole)
-        self._devices = len(devices)
-        self._batch_size = -(-batch_size // len(devices)) * len(devices)
+        self._devices = whole.mesh.size
+        self._batch_size = -(-batch_size // self._devices) * self._devices
         options: dict[str, Any] = {"in_shardings": (whole, divided), "out_shardings": divided}
         self._encode_image = jax.jit(lambda params, image: nnx.merge(graphdef, params).encode_image(image), **options)
         self._encode_text = jax.jit(lambda params, tokens: nnx.merge(graphdef, params).encode_text(tokens), **options)
@@ -64,7 +61,9 @@ class Encoder:
     def of(cls, model: Pretrained, batch_size: int = 256, dtype: str | None = None) -> Encoder:
         """An encoder of a model opened by `open_pretrained`; `dtype` replaces the one it computes in."""
         config = model.config if dtype is None else dataclasses.replace(model.config, dtype=dtype)
-        return cls(model.read_params(), config, model.image_size, model.text_length, model.tokenizer, batch_size)
+        whole, _ = _placement()
+        params = model.read_params(lambda leaf: jax.device_put(leaf, whole))
+        return cls(params, config, model.image_size, model.text_length, model.tokenizer, batch_size)
 
     @classmethod
     def from_run(cls, folder: Path, batch_size: int = 256) -> Encoder:
@@ -121,3 +120,10 @@ class Encoder:
         width = self._params["vision"]["head"]["kernel"].shape[1]
         parts = [np.asarray(features, np.float32)[:count] for features, count in batches]
         return np.concatenate([np.zeros((0, width), np.float32), *parts])
+
+
+def _placement() -> tuple[NamedSharding, NamedSharding]:
+    """Parameters on every device of this process, rows of a batch divided among them."""
+    devices = jax.local_devices()
+    mesh = jax.make_mesh((len(devices),), ("batch",), (AxisType.Auto,), devices=devices)
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))

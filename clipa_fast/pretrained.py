@@ -18,7 +18,7 @@ from clipa_fast.errors import UserError
 from clipa_fast.interop import hub
 from clipa_fast.interop.clipa_npz import describe_npz, parameters_of, read_npz
 from clipa_fast.interop.open_clip_config import Described, from_open_clip
-from clipa_fast.interop.parameter_names import model_shapes, open_clip_places, read_parameters
+from clipa_fast.interop.parameter_names import Put, model_shapes, open_clip_places, read_parameters
 from clipa_fast.interop.tensors import Tensors, open_tensors
 from clipa_fast.model.architecture import architecture
 from clipa_fast.model.positions import sincos_2d
@@ -46,8 +46,15 @@ class Pretrained:
     text_length: int
     tokenizer: AnyTokenizer | None
     """None where no tokenizer lies beside the weights."""
-    read_params: Callable[[], Params]
-    """Reads the parameters, float32; raises UserError where they do not fit the description."""
+    read: Callable[[Put], Params]
+
+    def read_params(self, put: Put = np.asarray) -> Params:
+        """Reads the parameters, float32, each handed to `put` before the next is read.
+
+        Raises:
+          UserError: they do not fit the description.
+        """
+        return self.read(put)
 
 
 def open_pretrained(
@@ -108,7 +115,8 @@ def _run(folder: Path) -> Pretrained:
 
     run = open_run(folder)
     params, stage = load_params(run.config, folder)
-    return Pretrained(str(folder), run.config.model, stage.image_size, stage.text_length, run.tokenizer, lambda: params)
+    config, sizes = run.config.model, (stage.image_size, stage.text_length)
+    return Pretrained(str(folder), config, *sizes, run.tokenizer, lambda put: jax.tree.map(put, params))
 
 
 def _npz(path: Path, image_size: int, image_pool: str) -> Pretrained:
@@ -116,7 +124,10 @@ def _npz(path: Path, image_size: int, image_pool: str) -> Pretrained:
     about = describe_npz(tensors, str(path), image_size, image_pool)
     found = find_tokenizer(path.parent)
     tokenizer = None if found is None else open_tokenizer(found, architecture(about.config).text_rule)
-    read = lambda: read_npz(tensors, about, str(path))  # noqa: E731
+
+    def read(put: Put) -> Params:
+        return read_npz(tensors, about, str(path), put)
+
     return Pretrained(str(path), about.config, about.image_size, about.text_length, tokenizer, read)
 
 
@@ -133,13 +144,13 @@ def _open_clip(config_path: Path, weights: Path) -> Pretrained:
     found = find_tokenizer(config_path.parent)
     tokenizer = None if found is None else open_tokenizer(found, architecture(about.config).text_rule)
 
-    def read() -> Params:
-        return read_open_clip(open_tensors(weights), about, str(weights))
+    def read(put: Put) -> Params:
+        return read_open_clip(open_tensors(weights), about, str(weights), put)
 
     return Pretrained(str(config_path.parent), about.config, about.image_size, about.text_length, tokenizer, read)
 
 
-def read_open_clip(tensors: Tensors, described: Described, where: str) -> Params:
+def read_open_clip(tensors: Tensors, described: Described, where: str, put: Put = np.asarray) -> Params:
     """Parameters of an open_clip state dict: of its CLIP or CustomTextCLIP, saved bare or from a wrapped module.
 
     Raises:
@@ -150,7 +161,7 @@ def read_open_clip(tensors: Tensors, described: Described, where: str) -> Params
     tensors = {name: tensor for name, tensor in tensors.items() if name not in _BUFFERS}
     prefix = "text." if "text.token_embedding.weight" in tensors else ""
     shapes = model_shapes(described.config, described.image_size, described.text_length)
-    return read_parameters(tensors, shapes, open_clip_places(shapes, prefix), where)
+    return read_parameters(tensors, shapes, open_clip_places(shapes, prefix), where, put)
 
 
 def starting_params(source: str, model: ModelConfig) -> Params:
@@ -162,7 +173,8 @@ def starting_params(source: str, model: ModelConfig) -> Params:
       UserError: what `open_pretrained` finds wrong, or positions that cannot be computed.
     """
     pretrained = open_pretrained(source)
-    params = pretrained.read_params()
+    # Copied: training reuses its parameters' memory, and that of a mapped file is not to be written to.
+    params = pretrained.read_params(jnp.array)
     vision = dict(params["vision"])
     if architecture(model).image_positions == "sincos" and "position_table" in vision:
         table = np.asarray(vision.pop("position_table"))
@@ -171,4 +183,4 @@ def starting_params(source: str, model: ModelConfig) -> Params:
             raise UserError(
                 f"model.image_positions: sincos, but the table in {source} holds others; accepted there: stored"
             )
-    return jax.tree.map(jnp.asarray, dict(params, vision=vision))
+    return dict(params, vision=vision)

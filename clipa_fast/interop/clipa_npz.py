@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from clipa_fast.config import ModelConfig, TowerSize
 from clipa_fast.errors import UserError
 from clipa_fast.interop.open_clip_config import Described, shortest_config
-from clipa_fast.interop.parameter_names import clipa_places, model_shapes, read_parameters
+from clipa_fast.interop.parameter_names import Put, clipa_places, model_shapes, read_parameters
 from clipa_fast.interop.tensors import Tensors
 from clipa_fast.model.architecture import CONVENTIONS
 from clipa_fast.model.presets import towers
@@ -67,10 +69,10 @@ def describe_npz(tensors: Tensors, where: str, image_size: int, image_pool: str)
     return Described(config, image_size, text_length)
 
 
-def read_npz(tensors: Tensors, described: Described, where: str) -> Params:
+def read_npz(tensors: Tensors, described: Described, where: str, put: Put = np.asarray) -> Params:
     """The parameters. Raises UserError as `read_parameters` does."""
     shapes: Any = model_shapes(described.config, described.image_size, described.text_length)
-    return read_parameters(tensors, shapes, npz_places(described.config, shapes), where)
+    return read_parameters(tensors, shapes, npz_places(described.config, shapes), where, put)
 
 
 def npz_places(config: ModelConfig, shapes: Any):

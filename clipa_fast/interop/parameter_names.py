@@ -114,7 +114,11 @@ def expected_tensors(params: Any, places: Places) -> dict[str, Shape]:
     return expected
 
 
-def read_parameters(tensors: Tensors, shapes: Any, places: Places, where: str) -> Params:
+Put = Callable[[np.ndarray], Any]
+"""What becomes of each parameter as soon as it is read, such as moving it to a device."""
+
+
+def read_parameters(tensors: Tensors, shapes: Any, places: Places, where: str, put: Put = np.asarray) -> Params:
     """Our parameters, float32, out of a file's tensors; one layer is read at a time.
 
     Args:
@@ -122,6 +126,7 @@ def read_parameters(tensors: Tensors, shapes: Any, places: Places, where: str) -
       shapes: our tree of shapes.
       places: where each lies.
       where: the file, for messages.
+      put: see `Put`.
 
     Raises:
       UserError: tensors are missing, unknown or of another shape; all of them are named.
@@ -137,7 +142,7 @@ def read_parameters(tensors: Tensors, shapes: Any, places: Places, where: str) -
             out[layer] = _ours(tensors[place.name.format(i=layer)], place, shape[1:])
         return out
 
-    return tree({path: read(path, leaf.shape) for path, leaf in paths(shapes).items()})
+    return tree({path: put(read(path, leaf.shape)) for path, leaf in paths(shapes).items()})
 
 
 def write_tensors(params: Params, places: Places) -> dict[str, Tensor]:

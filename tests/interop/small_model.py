@@ -28,7 +28,7 @@ SIDE, LENGTH = 32, 8
 def random_params(config, image_size=SIDE, text_length=LENGTH, seed=0):
     rng = np.random.default_rng(seed)
     shapes = model_shapes(config, image_size, text_length)
-    return jax.tree.map(lambda leaf: rng.normal(scale=0.2, size=leaf.shape).astype(np.float32), shapes)
+    return jax.tree.map(lambda leaf: np.float32(0.2) * rng.standard_normal(leaf.shape, np.float32), shapes)
 
 
 def small(convention="clipa", **changes):

@@ -60,6 +60,7 @@ def prepare(folder):
     (folder / "names.txt").write_text("cat\ndog\n")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_page_runs_from_top_to_bottom(exported, tmp_path, monkeypatch, capsys):
     for package in ("ftfy", "flatbuffers"):

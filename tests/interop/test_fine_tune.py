@@ -18,6 +18,7 @@ from clipa_fast.trainer import train
 from .small_model import LENGTH, SIDE
 
 
+@pytest.mark.slow
 def test_real_photographs_are_learned_by_heart(shared, tmp_path):
     """A tower of 26 image and 32 text tokens, tuned at 10 and 24, tells 64 photographs by all their 320 captions."""
     pattern = str(shared / "data" / "coco_open" / "train-*.tar")
@@ -60,7 +61,9 @@ def small_run(model_folder, **changes):
     )
 
 
-@pytest.mark.parametrize("convention", ["clipa", "open_clip", "openai"])
+@pytest.mark.parametrize(
+    "convention", ["clipa", *(pytest.param(name, marks=pytest.mark.slow) for name in ("open_clip", "openai"))]
+)
 def test_a_run_starts_where_the_weights_are(exported, tmp_path, pictures, convention):
     if convention != "clipa":
         pytest.importorskip("ftfy", reason="open_clip's text rule needs ftfy")

@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import shutil
+import tracemalloc
 import zipfile
 
 import ml_dtypes
@@ -12,13 +13,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from clipa_fast.config import TowerSize
 from clipa_fast.errors import UserError
 from clipa_fast.interop.clipa_npz import npz_places
 from clipa_fast.interop.open_clip_config import Described, from_open_clip, to_open_clip
 from clipa_fast.interop.open_clip_export import export_open_clip
 from clipa_fast.interop.parameter_names import expected_tensors, model_shapes, open_clip_places, paths, write_tensors
 from clipa_fast.interop.tensors import open_tensors
-from clipa_fast.model.architecture import architecture
 from clipa_fast.model.positions import sincos_2d
 from clipa_fast.model.presets import TEXT, VISION
 from clipa_fast.pretrained import open_pretrained
@@ -301,19 +302,32 @@ def test_nothing_that_is_a_model(tmp_path):
         open_pretrained(tmp_path)
 
 
-def test_reading_holds_one_layer_at_a_time(exported):
-    """The tensors are views or are made when read; nothing is read by opening."""
-    tensors = open_tensors(exported["open_clip"] / "open_clip_model.safetensors")
-    reads = []
-    counted = {
-        name: dataclasses.replace(tensor, read=lambda name=name, tensor=tensor: reads.append(name) or tensor.read())
-        for name, tensor in tensors.items()
-    }
-    assert not reads
-    from clipa_fast.pretrained import read_open_clip
+def peak_memory(function):
+    """Result and peak of traced allocations, in bytes."""
+    tracemalloc.start()
+    try:
+        return function(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
-    read_open_clip(counted, Described(small("open_clip"), SIDE, LENGTH), "counted")
-    in_proj = [name for name in reads if name.endswith("in_proj_weight")]
-    assert set(reads) == set(tensors)
-    assert len(in_proj) == 3 * 4
-    assert architecture(small("open_clip")).image_positions == "stored"
+
+def test_memory_holds_a_model_once(tmp_path):
+    """Reading and writing need a layer or two beside the parameters, whatever the format."""
+    config = small("open_clip", vision=TowerSize(128, 16, 512, 2))
+    params = random_params(config)
+    size = sum(leaf.nbytes for leaf in paths(params).values())
+    layer = size / 16
+    described = Described(config, SIDE, LENGTH)
+    _, written = peak_memory(lambda: export_open_clip(params, described, None, tmp_path / "new"))
+    assert written < 2 * layer
+    model = open_pretrained(tmp_path / "new")
+    read, peak = peak_memory(model.read_params)
+    assert size <= peak < size + 3 * layer
+    assert_equal_bits(read, params)
+    computed = dataclasses.replace(config, convention="clipa")
+    own = dict(params, vision={name: leaf for name, leaf in params["vision"].items() if name != "position_table"})
+    np.savez(tmp_path / "model.npz", **npz_arrays(computed, own))
+    model = open_pretrained(tmp_path / "model.npz", image_size=SIDE)
+    read, peak = peak_memory(model.read_params)
+    assert size * 0.9 <= peak < size + 3 * layer
+    assert_equal_bits(read, own)
