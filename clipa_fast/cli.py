@@ -17,6 +17,7 @@ import tyro
 
 from clipa_fast.config import RunConfig, config_to_yaml, load_config
 from clipa_fast.errors import UserError
+from clipa_fast.planning.command import PlanCommand, plan_command
 from clipa_fast.recipes import RECIPES
 
 EXIT_UNWELL = 1
@@ -221,6 +222,7 @@ Command = (
     | Annotated[Pack, tyro.conf.subcommand("pack")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Profile, tyro.conf.subcommand("profile")]
+    | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
 )
 
 
@@ -307,7 +309,7 @@ def find_recipe(name: str) -> RunConfig:
     return RECIPES[name]
 
 
-def _run(arguments: Train | Eval | Import | Export | Demo | Recipes | Pack | Doctor | Profile, argv: list[str]) -> None:
+def _run(arguments: Any, argv: list[str]) -> None:
     if isinstance(arguments, Recipes):
         from clipa_fast.recipe_table import print_recipes
 
@@ -317,6 +319,8 @@ def _run(arguments: Train | Eval | Import | Export | Demo | Recipes | Pack | Doc
 
         pack_command(**dataclasses.asdict(arguments))
         return None
+    if isinstance(arguments, PlanCommand):
+        return plan_command(arguments)
     # What follows needs jax.
     if isinstance(arguments, Profile):
         from clipa_fast.profiling.command import profile_command

@@ -101,6 +101,7 @@ HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "clipa_kernels"}
         "import clipa_fast.data.loader, clipa_fast.data.shards, clipa_fast.data.glyphs, clipa_fast.text.tokenizer",
         "import clipa_fast.cli, clipa_fast.config, clipa_fast.recipes, clipa_fast.model.costs, clipa_fast.metrics",
         "from clipa_fast.cli import main; main(['recipes'])",
+        "from clipa_fast.cli import main; main(['plan', '--check'])",
     ],
 )
 def test_data_workers_and_the_command_line_do_not_import_jax(program):

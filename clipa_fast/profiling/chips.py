@@ -62,6 +62,12 @@ def find_chip(chip: str) -> Chip:
     return CHIPS[chip]
 
 
+def slice_sizes(chip: Chip) -> tuple[int, ...]:
+    """Numbers of jax devices in the slices that exist, smallest first."""
+    slices = _SLICES_2D if len(chip.host_shape) == 2 else _SLICES_3D
+    return tuple(math.prod(shape) * chip.devices_per_chip for shape in slices)
+
+
 def topology_name(chip: Chip, devices: int) -> str:
     """Smallest slice with at least ``devices`` devices, as in ``"v5e:4x4"``."""
     slices = _SLICES_2D if len(chip.host_shape) == 2 else _SLICES_3D
