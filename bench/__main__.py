@@ -1,16 +1,16 @@
-"""`python -m bench NAME ...` runs one measurement."""
+"""`python -m bench NAME ...` runs one measurement, or draws the report."""
 
 import importlib
 import sys
+from pathlib import Path
 
-MEASUREMENTS = (
-    "attention_blocks",
-    "attention_static",
-    "input",
-    "loss_memory",
-    "loss_static",
-    "train_step",
-    "train_step_static",
+# A measurement is a module here with a main of its own; what they import has none.
+MEASUREMENTS = tuple(
+    sorted(
+        path.stem
+        for path in Path(__file__).parent.glob("*.py")
+        if not path.stem.startswith("__") and "\ndef main(argv" in path.read_text(encoding="utf-8")
+    )
 )
 
 
