@@ -19,6 +19,7 @@ from clipa_fast.config import RunConfig, config_to_yaml, load_config
 from clipa_fast.errors import UserError
 from clipa_fast.planning.command import PlanCommand, plan_command
 from clipa_fast.recipes import RECIPES
+from clipa_fast.scaling.command import ScalingCommand, scaling_command
 
 EXIT_UNWELL = 1
 EXIT_USER_ERROR = 2
@@ -223,6 +224,7 @@ Command = (
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Profile, tyro.conf.subcommand("profile")]
     | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
+    | Annotated[ScalingCommand, tyro.conf.subcommand("scaling")]
 )
 
 
@@ -346,6 +348,8 @@ def _run(arguments: Any, argv: list[str]) -> None:
         config = _base_config(argv)
         findings = doctor_command(arguments.data, config, steps=arguments.steps, full_model=arguments.full_model)
         raise SystemExit(0 if all(finding.is_fine for finding in findings) else EXIT_UNWELL)
+    if isinstance(arguments, ScalingCommand):
+        return _stoppable(partial(scaling_command, arguments), argv)
     run = partial(commands.demo_command, arguments.run_dir, arguments.seed, arguments.samples_scale)
     return _stoppable(run, argv)
 
