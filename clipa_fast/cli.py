@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from rich.console import Console
 
 from clipa_fast.config import RunConfig, config_to_yaml, load_config
 from clipa_fast.errors import UserError
@@ -133,7 +134,15 @@ class Recipes:
 
 @dataclass(frozen=True)
 class Profile:
-    """Compile a kernel or a whole train step for a TPU, on a machine without one, and estimate its time statically."""
+    """Measure where a run's step goes (--config), or compile a kernel or a whole train step for a TPU that is not there
+    and estimate its time statically."""
+
+    config: Path | None = None
+    """YAML file of a run: train some of its steps on the device at hand, under jax's profiler."""
+    steps: int = 20
+    """Steps measured with --config."""
+    stage: int = 0
+    """Number of the stage measured with --config, from 0."""
 
     function: Annotated[
         Literal["attention", "block", "contrastive", "train-step", "self-check"], tyro.conf.Positional
@@ -311,6 +320,24 @@ def find_recipe(name: str) -> RunConfig:
     return RECIPES[name]
 
 
+def _profile(arguments: Profile) -> None:
+    settings = dataclasses.asdict(arguments)
+    config, steps, stage = (settings.pop(name) for name in ("config", "steps", "stage"))
+    if config is None:
+        from clipa_fast.profiling.command import profile_command
+
+        return print(profile_command(**settings))
+    if arguments.output is not None and not arguments.output.parent.is_dir():
+        raise UserError(f"output: no such folder: {arguments.output.parent}")
+    run = load_config(config)
+    from clipa_fast.profiling.step_profile import profile_run
+
+    profile = profile_run(run, steps, stage, console=Console())
+    if arguments.output is not None:
+        arguments.output.write_text(profile.to_json() + "\n")
+    print(profile.table())
+
+
 def _run(arguments: Any, argv: list[str]) -> None:
     if isinstance(arguments, Recipes):
         from clipa_fast.recipe_table import print_recipes
@@ -325,9 +352,7 @@ def _run(arguments: Any, argv: list[str]) -> None:
         return plan_command(arguments)
     # What follows needs jax.
     if isinstance(arguments, Profile):
-        from clipa_fast.profiling.command import profile_command
-
-        return print(profile_command(**dataclasses.asdict(arguments)))
+        return _profile(arguments)
     from clipa_fast.cpu_memory import keep_freed_memory
 
     keep_freed_memory()
