@@ -121,7 +121,7 @@ def report_law(
         console.print(table)
         console.print(f"{sweep.name}: {sweep.verdict}", highlight=False)
     _write(folder / "scaling.json", json.dumps([dataclasses.asdict(sweep) for sweep in sweeps], indent=1))
-    draw(sweeps, folder / "scaling.png", f"Accuracy lost with fewer tokens: {what}, {len(grid.seeds)} seeds")
+    draw(sweeps, folder / "scaling.png", f"Accuracy lost with fewer tokens\n{what}, seeds: {len(grid.seeds)}")
     console.print(f"plot: {folder / 'scaling.png'}", highlight=False)
     return sweeps
 

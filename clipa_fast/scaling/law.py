@@ -17,6 +17,7 @@ from scipy import stats
 from clipa_fast.scaling.grid import SWEEPS, Cell, Grid, cells_of_sweep
 
 CONFIDENCE = 0.95
+LEARNED = 5.0  # percent with every token, below which a model has too little to lose
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Sweep:
     name: str
     curves: tuple[Curve, ...]
     difference: Interval | None
-    """Slope of the largest model less that of the smallest, by seed; None with one model."""
+    """Slope of the largest model less that of the smallest, by seed; None where they cannot be compared."""
     verdict: str
 
 
@@ -119,6 +120,10 @@ def _sweep(name: str, curves: list[Curve]) -> Sweep:
     seeds = sorted(set(small.slopes) & set(large.slopes))
     if not seeds:
         return Sweep(name, tuple(curves), None, "no seed is done for the smallest and the largest model")
+    weakest = min(curves, key=lambda curve: curve.accuracy[-1])
+    if weakest.accuracy[-1] < LEARNED:
+        reached = f"{weakest.model} reaches {weakest.accuracy[-1]:.1f} % with every token"
+        return Sweep(name, tuple(curves), None, f"not trained long enough to compare: {reached}")
     difference = interval([large.slopes[seed] - small.slopes[seed] for seed in seeds])
     what = f"{large.model} loses {difference} points per halving against {small.model}"
     if difference.half_width is None:

@@ -23,7 +23,7 @@ _COLORS = ("#0b6e99", "#d9730d", "#448361", "#ad1a72", "#8f8f8f")
 
 def draw(sweeps: Sequence[Sweep], path: Path, title: str) -> None:
     """Writes the picture, PNG or SVG by the path's ending."""
-    figure = Figure(figsize=(4.6 * max(1, len(sweeps)), 4.2), layout="constrained")
+    figure = Figure(figsize=(max(6.6, 4.6 * len(sweeps)), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, max(1, len(sweeps)), squeeze=False)[0]
     for ax, sweep in zip(axes, sweeps, strict=False):

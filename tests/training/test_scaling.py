@@ -100,6 +100,14 @@ def test_the_verdict_goes_either_way(small, large, noise, verdict):
     assert sweep.verdict.startswith(verdict)
 
 
+def test_models_that_learned_nothing_are_not_compared():
+    grid = REDUCED.grid()
+    accuracy = {cell: 0.02 if cell.model == "192x3" else 0.5 for cell in grid.cells()}
+    (sweep,) = find_law(grid, accuracy)
+    assert sweep.difference is None
+    assert sweep.verdict == "not trained long enough to compare: 192x3 reaches 2.0 % with every token"
+
+
 def test_one_seed_tells_no_confidence():
     grid = dataclasses.replace(REDUCED, seeds="0").grid()
     (sweep,) = find_law(grid, accuracies(grid, {"64x2": 2.0, "192x3": 1.0}))
