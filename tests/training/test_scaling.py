@@ -138,6 +138,7 @@ def test_a_slope_is_least_squares_through_the_baseline():
     assert slope((16, 32, 64), (5.0, 1.0, 0.0)) == pytest.approx(2.2)
 
 
+@pytest.mark.slow
 def test_a_small_grid_runs_once_and_is_read_again(tmp_path, monkeypatch, source):
     monkeypatch.setattr(run, "open_source", lambda patterns, split="train": source)
     options = ScalingCommand(
