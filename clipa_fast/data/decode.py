@@ -165,7 +165,7 @@ def _jpeg_header(encoded: bytes) -> tuple[int, int, str] | None:
         with contextlib.suppress(ValueError):
             height, width, color, _ = simplejpeg.decode_jpeg_header(encoded)
             mode = {"YCbCr": "RGB", "Gray": "L"}.get(color)
-            return None if mode is None else (height, width, mode)
+            return None if mode is None else (int(height), int(width), mode)
     return None
 
 

@@ -116,7 +116,7 @@ def profile_run(config: RunConfig, steps: int = 20, stage: int = 0, *, console: 
     short = dataclasses.replace(chosen, samples=total * chosen.batch_size, warmup_steps=min(chosen.warmup_steps, total))
     # Between checkpoints and metrics rows nothing may stop the device but the step itself.
     run_config = dataclasses.replace(config, stages=(short,), log_every=10 * total, checkpoint_every=10 * total)
-    source = open_source(config.data.train)
+    source = open_source(config.data)
     with tempfile.TemporaryDirectory(prefix="clipa-fast-profile-") as folder, _compiled_steps() as programs:
         run = start_run(run_config, Path(folder), source)
         ops = record(lambda: train(run.config, Path(folder), source, run.tokenizer, console or Console(quiet=True)))

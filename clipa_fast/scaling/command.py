@@ -75,14 +75,15 @@ def scaling_command(options: ScalingCommand, console: Console | None = None) -> 
     Raises:
       UserError: an option is wrong, or the folder holds another grid.
     """
+    from clipa_fast.config import DataConfig
     from clipa_fast.run import GLYPHS, open_source
 
     console = console or Console()
     grid = options.grid()
     if GLYPHS not in options.data and not options.eval_data:
         raise UserError("eval_data: needed with shards; accepted: tar paths, globs, brace lists")
-    source = open_source(options.data)
-    evaluation = open_source(options.eval_data or options.data, "test_style")
+    source = open_source(DataConfig(options.data), console=console)
+    evaluation = open_source(DataConfig(options.eval_data or options.data), "test_style", console)
     _check_folder(options.run_dir, grid)
     cells, path = grid.cells(), options.run_dir / "results.jsonl"
     results = read_results(path)
@@ -171,7 +172,8 @@ def _train_cell(grid: Grid, cell: Cell, folder: Path, source: Any, evaluation: A
 
     run = start_run(grid.config(cell), folder, source)
     params = train(run.config, folder, source, run.tokenizer, console)
-    encoder = Encoder(params, run.config, run.config.stages[-1], run.tokenizer)
+    last = run.config.stages[-1]
+    encoder = Encoder(params, run.config.model, last.image_size, last.text_length, run.tokenizer)
     captions, owner = all_captions(evaluation)
     groups = evaluation.groups if isinstance(evaluation, GlyphSource) else None
     answers = caption_answers(captions, owner, len(evaluation), groups)
