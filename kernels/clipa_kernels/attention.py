@@ -10,12 +10,15 @@ import numpy as np
 
 from clipa_kernels import attention_xla
 from clipa_kernels.attention_problem import AttentionOperands, describe_dot_product_attention, describe_flat_attention
-from clipa_kernels.dispatch import SUPPORTED, Implementation, choose, not_built, not_built_run
+from clipa_kernels.dispatch import SUPPORTED, Implementation, choose
+from clipa_kernels.gpu import attention as gpu_attention
+from clipa_kernels.gpu import cudnn
 from clipa_kernels.tpu import attention as tpu_attention
 
 IMPLEMENTATIONS = (
     Implementation("tpu", tpu_attention.supports, tpu_attention.attention, platform="tpu"),
-    Implementation("gpu", not_built, not_built_run, platform="gpu"),
+    Implementation("gpu", gpu_attention.supports, gpu_attention.attention, "gpu", gpu_attention.preferred),
+    Implementation("cudnn", cudnn.supports, cudnn.attention, "gpu", cudnn.preferred),
     Implementation("xla", lambda problem: SUPPORTED, attention_xla.attention),
 )
 
@@ -55,7 +58,8 @@ def dot_product_attention(
       is_causal: query t sees keys 0 to t only, whatever T and S are.
       query_seq_lengths: optional integers [B] ([1] for operands without B); rows at or beyond give zeros.
       key_value_seq_lengths: optional integers [B] ([1] for operands without B); keys at or beyond are not seen.
-      implementation: None for the best that can serve the call on the default backend, else "xla", "tpu" or "gpu".
+      implementation: None for the best that can serve the call on the default backend, else "xla", "tpu", "gpu" or
+        "cudnn" (jax's own call of cuDNN on NVIDIA GPUs, preferred there for long sequences).
       return_residual: whether to return the log-sum-exp of the logits too. It carries no gradient.
 
     Returns:
@@ -119,7 +123,8 @@ def flat_attention(
       scale: multiplies query key^T; one number known while tracing. None: 1 / sqrt(H).
       is_causal: token t sees tokens 0 to t only.
       key_value_seq_lengths: optional integers [B]; tokens at or beyond are not seen by any.
-      implementation: None for the best that can serve the call on the default backend, else "xla", "tpu" or "gpu".
+      implementation: None for the best that can serve the call on the default backend, else "xla", "tpu", "gpu" or
+        "cudnn" (jax's own call of cuDNN on NVIDIA GPUs, preferred there for long sequences).
 
     Returns:
       [B * seq_len, num_heads * H] in query's dtype.

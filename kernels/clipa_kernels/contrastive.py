@@ -17,12 +17,13 @@ from clipa_kernels.contrastive_problem import (
     describe_contrastive_loss,
     describe_sigmoid_loss,
 )
-from clipa_kernels.dispatch import SUPPORTED, Implementation, choose, not_built, not_built_run
+from clipa_kernels.dispatch import SUPPORTED, Implementation, choose
+from clipa_kernels.gpu import contrastive as gpu_contrastive
 from clipa_kernels.tpu import contrastive as tpu_contrastive
 
 IMPLEMENTATIONS = (
     Implementation("tpu", tpu_contrastive.supports, tpu_contrastive.loss, platform="tpu"),
-    Implementation("gpu", not_built, not_built_run, platform="gpu"),
+    Implementation("gpu", gpu_contrastive.supports, gpu_contrastive.loss, "gpu", gpu_contrastive.preferred),
     Implementation("xla", lambda problem: SUPPORTED, contrastive_xla.loss),
 )
 

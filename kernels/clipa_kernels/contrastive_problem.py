@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from numbers import Real
@@ -35,6 +36,7 @@ class ContrastiveProblem:
     has_weights: bool = False
     teacher_features: int | None = None
     teacher_dtype: np.dtype | None = None
+    return_accuracy: bool = False
 
     @property
     def gather_axes(self) -> tuple[Any, ...]:
@@ -79,9 +81,9 @@ def describe_contrastive_loss(
 ) -> ContrastiveProblem:
     """The checked problem of a `contrastive_loss` call; ValueError names the argument that is wrong."""
     checks.scalar("logit_scale", logit_scale)
-    checks.flag("return_accuracy", return_accuracy)
     features, dtype = _teacher(teacher_image, teacher_text, teacher_scale, teacher_weight, image)
-    return _describe("softmax", image, text, axis_name, exchange, mesh, label_smoothing, weights, features, dtype)
+    problem = _describe("softmax", image, text, axis_name, exchange, mesh, label_smoothing, weights, features, dtype)
+    return dataclasses.replace(problem, return_accuracy=checks.flag("return_accuracy", return_accuracy))
 
 
 def describe_sigmoid_loss(
@@ -100,8 +102,8 @@ def describe_sigmoid_loss(
     """The checked problem of a `sigmoid_loss` call; ValueError names the argument that is wrong."""
     checks.scalar("logit_scale", logit_scale)
     checks.scalar("logit_bias", logit_bias)
-    checks.flag("return_accuracy", return_accuracy)
-    return _describe("sigmoid", image, text, axis_name, exchange, mesh, label_smoothing, weights, None, None)
+    problem = _describe("sigmoid", image, text, axis_name, exchange, mesh, label_smoothing, weights, None, None)
+    return dataclasses.replace(problem, return_accuracy=checks.flag("return_accuracy", return_accuracy))
 
 
 def batch_axes(axis_name: Any, mesh: Any) -> tuple[Any, ...]:

@@ -47,12 +47,14 @@ class Implementation:
       supports: problem -> Support.
       run: (problem, operands) -> result; called only where `supports` agreed.
       platform: the jax backend it is made for; without an explicit choice it is taken only there. None: any.
+      preferred: problem -> Support, asked there too: whether to take it unasked, where another may be faster.
     """
 
     name: str
     supports: Callable[[Any], Support]
     run: Callable[[Any, Any], Any]
     platform: str | None = None
+    preferred: Callable[[Any], Support] = lambda problem: SUPPORTED
 
 
 @dataclass(frozen=True)
@@ -72,16 +74,6 @@ class Explanation:
     def __str__(self) -> str:
         lines = [f"{self.function}: {self.implementation}"]
         return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.reasons.items() if reason])
-
-
-def not_built(problem: Any) -> Support:
-    """`supports` of an implementation that does not exist yet."""
-    return unsupported("not built yet")
-
-
-def not_built_run(problem: Any, operands: Any) -> Any:
-    """`run` of an implementation that does not exist yet."""
-    raise NotImplementedError("not built yet")
 
 
 _defaults: ContextVar[Mapping[str, str | None]] = ContextVar("default_implementation", default=MappingProxyType({}))
@@ -138,8 +130,8 @@ def choose(
 ) -> tuple[Implementation, Explanation]:
     """The implementation to run and the explanation.
 
-    Without a request: the first that is made for the target platform and supports the problem. A request is taken
-    whatever the platform is.
+    Without a request: the first that is made for the target platform, supports the problem and is preferred for it. A
+    request is taken whatever the platform is.
 
     Raises:
       ValueError: `requested` is no known name.
@@ -167,6 +159,8 @@ def choose(
         support = candidate.supports(problem)
         if support and candidate.platform not in (None, platform):
             support = unsupported(f"made for {candidate.platform}, and {said_by} {platform}")
+        if support:
+            support = candidate.preferred(problem)
         reasons[candidate.name] = support.reason
         if support:
             chosen = candidate

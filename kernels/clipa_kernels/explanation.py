@@ -41,7 +41,7 @@ def supports(function: Callable, implementation: str, *args: Any, **kwargs: Any)
 
     Args:
       function: one of this package's public functions.
-      implementation: "xla", "tpu" or "gpu". The machine at hand does not matter.
+      implementation: "xla", "tpu", "gpu", or "cudnn" (attention). The machine at hand does not matter.
       *args: the very arguments of the call; arrays may be `jax.ShapeDtypeStruct`s or tracers.
       **kwargs: likewise, without `implementation`.
 

@@ -24,7 +24,7 @@ R = jax.ShapeDtypeStruct((10, 32), jnp.bfloat16)
 def test_explain_names_the_choice_and_a_reason_for_every_other():
     explanation = explain(dot_product_attention, X, X, X, is_causal=True)
     assert explanation.implementation == "xla"
-    assert set(explanation.reasons) == {"xla", "tpu", "gpu"}
+    assert set(explanation.reasons) == {"xla", "tpu", "gpu", "cudnn"}
     assert explanation.reasons["xla"] is None
     assert explanation.reasons["tpu"]
     assert explanation.reasons["gpu"]
@@ -47,7 +47,9 @@ def test_explain_takes_arrays_shapes_and_tracers():
 
 def test_explicit_choice_is_explained_and_strict():
     assert explain(flat_attention, R, R, R, num_heads=4, seq_len=5, implementation="xla").implementation == "xla"
-    with pytest.raises(ValueError, match="implementation must be None or one of 'tpu', 'gpu', 'xla'; got 'cuda'"):
+    with pytest.raises(
+        ValueError, match="implementation must be None or one of 'tpu', 'gpu', 'cudnn', 'xla'; got 'cuda'"
+    ):
         explain(flat_attention, R, R, R, num_heads=4, seq_len=5, implementation="cuda")
 
 
