@@ -71,7 +71,7 @@ def no_gpu() -> str | None:
     return gpu_attention.no_gpu_for("the kernels")
 
 
-def attention(implementation: str, dry: bool, query: Any, key: Any, value: Any, **sizes: int) -> jax.Array:
+def attention(implementation: str, dry: bool, query: Any, key: Any, value: Any, **sizes: Any) -> jax.Array:
     """`flat_attention` by one implementation."""
     if dry and implementation == "gpu":
         problem = describe_flat_attention(query, key, value, **sizes)
@@ -173,7 +173,9 @@ def loss_rows(scale: Scale) -> Iterator[Row]:
                     return sigmoid_loss(image, text, scale, bias, implementation=implementation)
                 return contrastive_loss(image, text, scale, implementation=implementation)
 
-            functions = {name: partial(ours, name) for name in ("gpu", "xla") if not (scale.dry and name == "gpu")}
+            functions: dict[str, Callable] = {
+                name: partial(ours, name) for name in ("gpu", "xla") if not (scale.dry and name == "gpu")
+            }
             functions["plain"] = partial(plain_loss, kind)
             gradients = {name: jax.jit(jax.value_and_grad(f, (0, 1, 2, 3))) for name, f in functions.items()}
             programs = compiled({name: f.lower(*inputs[0]) for name, f in gradients.items()})
@@ -201,8 +203,8 @@ def step_rows(scale: Scale) -> Iterator[Row]:
     rng = np.random.default_rng(0)
     for name in scale.steps:
         image_size, text_length = STEPS[name]
-        tiny = {"vision": TowerSize(32, 1, 64, 2), "text": TowerSize(32, 1, 64, 2)} if scale.dry else {}
-        model = ModelConfig(preset=scale.preset, image_pool="tok", dtype="bfloat16", **tiny)
+        tiny = TowerSize(32, 1, 64, 2) if scale.dry else None
+        model = ModelConfig(scale.preset, image_pool="tok", dtype="bfloat16", vision=tiny, text=tiny)
         stage = StageConfig(
             image_size=image_size, text_length=text_length, batch_size=scale.step_batch, samples=100 * scale.step_batch
         )
@@ -258,7 +260,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"gpu: {reason}")
     scale = DRY if arguments.dry else FULL
     start = time.perf_counter()
-    about = about_device() | {"dry": scale.dry}
+    about: dict[str, Any] = about_device() | {"dry": scale.dry}
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     check_numerics(scale)
     bandwidth = copy_bandwidth(scale.copied, scale.rounds)

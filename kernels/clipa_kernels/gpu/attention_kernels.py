@@ -125,7 +125,7 @@ class _Head:
             keep &= self._tile(operands.mask, logits.shape, first_query, first_key)
         return jnp.where(keep, logits, -jnp.inf)
 
-    def _tile(self, ref: Any, shape: tuple[int, int], first_query: Any, first_key: Any) -> jax.Array:
+    def _tile(self, ref: Any, shape: tuple[int, ...], first_query: Any, first_key: Any) -> jax.Array:
         """Of a bias or mask [B|1, N|1, T|1, S|1], the part that belongs to a tile of logits."""
         _, _, query_len, key_len = ref.shape
         sequence, head = self.sequence * (ref.shape[0] > 1), self.head * (ref.shape[1] > 1)

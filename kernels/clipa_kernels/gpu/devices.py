@@ -9,10 +9,10 @@ OLDEST = 8.0  # Ampere: bfloat16 on tensor cores
 
 def compute_capability() -> float | None:
     """Of the default device; None where that is no NVIDIA GPU."""
-    capability = getattr(jax.devices()[0], "compute_capability", None)
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
     try:
         return float(capability)
-    except (TypeError, ValueError):  # no GPU at all, or one by AMD, which names an architecture
+    except ValueError:  # no GPU at all, or one by AMD, which names an architecture
         return None
 
 

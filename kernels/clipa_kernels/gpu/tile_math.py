@@ -6,6 +6,9 @@ rows of 64 and 16: tuples of arrays, which these functions take as one.
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -23,9 +26,14 @@ def matmul(a: jax.Array, b: jax.Array, precision: Any, *, transpose_a: bool = Fa
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
+def total_of(arrays: Iterable[jax.Array]) -> jax.Array:
+    """The sum of arrays of one shape, at least one."""
+    return functools.reduce(operator.add, arrays)
+
+
 def dot_rows(a: Parts, b: Parts, precision: Any) -> jax.Array:
     """[rows of a, rows of b]: products of all rows, summed over the parts of a row."""
-    return sum(matmul(x, y, precision, transpose_b=True) for x, y in zip(a, b, strict=True))
+    return total_of(matmul(x, y, precision, transpose_b=True) for x, y in zip(a, b, strict=True))
 
 
 def add_products(totals: Parts, weights: jax.Array, rows: Parts, precision: Any, *, transposed: bool = False) -> Parts:
@@ -67,13 +75,13 @@ def softmax(logits: Parts) -> Parts:
     for x in logits[1:]:
         top = jnp.maximum(top, x.max(1))
     weights = tuple(weights_of(x, top) for x in logits)
-    share = share_of(sum(x.sum(1) for x in weights))[:, None]
+    share = share_of(total_of(x.sum(1) for x in weights))[:, None]
     return tuple(x * share for x in weights)
 
 
 def row_sums_of_products(a: Parts, b: Parts) -> jax.Array:
     """sum_j a_ij b_ij."""
-    return sum((x * y).sum(1) for x, y in zip(a, b, strict=True))
+    return total_of((x * y).sum(1) for x, y in zip(a, b, strict=True))
 
 
 def softplus(x: jax.Array) -> jax.Array:
