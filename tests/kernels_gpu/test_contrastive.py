@@ -32,7 +32,7 @@ def operands_of(seed, kind, batch, features, dtype, logit_scale=20.0, alike=0.5)
 def value_and_gradients(kind, operands):
     def loss(*operands):
         problem = DESCRIBE[kind](*operands)
-        return gpu_contrastive.loss(problem, ContrastiveOperands(*operands), interpret=True)
+        return gpu_contrastive.loss(problem, ContrastiveOperands(*operands), interpret=True)[0]
 
     return jax.jit(jax.value_and_grad(loss, tuple(range(len(operands)))))(*operands)
 
@@ -100,6 +100,8 @@ def test_what_is_not_served_says_why():
     assert supports(public_contrastive_loss, "gpu", x, x, 10.0)
     refused = supports(public_contrastive_loss, "gpu", x, x, 10.0, axis_name="data")
     assert refused.reason == "only one device is served; axis_name is ('data',)"
+    for option, name in (({"return_accuracy": True}, "return_accuracy"), ({"label_smoothing": 0.1}, "label_smoothing")):
+        assert supports(public_contrastive_loss, "gpu", x, x, 10.0, **option).reason == f"{name} is not served"
     problem = DESCRIBE["contrastive"](x, x, 10.0)
     assert gpu_contrastive.supports(dataclasses.replace(problem, kind="other")).reason
     extended = dataclasses.make_dataclass("Extended", [("margin", float, 0.0)], bases=(type(problem),), frozen=True)
