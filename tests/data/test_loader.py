@@ -292,7 +292,7 @@ def lengths(captions, length, reduction, rng):
 def test_real_photographs(shared):
     source = ShardSource(str(shared / "data" / "coco_open" / "train-000000.tar"))
 
-    options = {"batch_size": 64, "image_size": 32, "tokenizer": lengths, "num_steps": 2}
+    options = {"batch_size": 64, "image_size": 32, "tokenizer": lengths, "num_steps": 2, "workers": 0}
     batches = list(loader(source, **options))
     for batch in batches:
         assert sorted(batch.index.tolist()) == list(range(64))
