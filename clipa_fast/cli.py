@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from clipa_fast.scaling.command import ScalingCommand, scaling_command
 EXIT_UNWELL = 1
 EXIT_USER_ERROR = 2
 EXIT_NON_FINITE = 3
+EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
 
 
@@ -32,12 +34,30 @@ EXIT_INTERRUPTED = 130
 class Train:
     """Train a run, or go on with the one in the folder."""
 
-    run_dir: Path
-    """Folder of the run: config, metrics, checkpoints, report."""
+    run_dir: Path | None = None
+    """Folder of the run: config, metrics, checkpoints, report. Needed unless it is a dry run."""
     config: Path | None = None
     """YAML file of the run; flags override it."""
     recipe: str | None = None
     """A recipe by name instead of a file; `clipa-fast recipes` lists them."""
+    profile_steps: str | None = None
+    """FIRST:LAST, such as 100:110: steps that jax's profiler records into RUN/profile, to open with xprof."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where a run has several processes that no launcher (TPU slice, SLURM, MPI) tells so."""
+    process_id: int | None = None
+    """This process's number, from 0."""
+    num_processes: int | None = None
+    """How many processes run."""
+    dry_run: bool = False
+    """Compile the step for a TPU slice that need not be there, and say what it takes. Trains nothing."""
+    chip: Literal["v5e", "v5p", "v6e", "tpu7x"] = "v5e"
+    """TPU generation of a dry run."""
+    devices: int = 256
+    """Devices of a dry run."""
+    dry_run_stage: int = 0
+    """Number of the stage that a dry run compiles, from 0."""
+    output: Path | None = None
+    """Write all that a dry run finds there as JSON too."""
     settings: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 
 
@@ -78,6 +98,8 @@ class Eval:
     """Pictures or captions encoded at once, divided among the devices."""
     output: Path | None = None
     """Write the figures there as JSON too."""
+    ema: bool = False
+    """Evaluate the moving average of the parameters, which a run keeps where optimizer.ema_decay is set."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +262,8 @@ Command = (
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `clipa-fast`.
 
-    Exit codes: 0 done, 1 the doctor found something, 2 wrong input, 3 loss not finite, 128 + signal when stopped.
+    Exit codes: 0 done, 1 the doctor found something, 2 wrong input, 3 loss not finite, 75 told to stop by SIGTERM and
+    130 by SIGINT; training then wrote a checkpoint first, and the same command goes on.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -275,7 +298,7 @@ def _parse(argv: list[str]):
     if argv[:1] != ["train"]:
         return tyro.cli(Command, args=argv, prog="clipa-fast", description="Train CLIP on few tokens.")
     # The file or recipe gives the defaults that `--help` shows and flags override.
-    base = Train(run_dir=tyro.MISSING, settings=_base_config(argv))
+    base = Train(settings=_base_config(argv))
     # A tower's sizes are a file's matter: as flags they would be a subcommand each.
     plain = (tyro.conf.AvoidSubcommands,)
     return tyro.cli(Train, default=base, args=argv[1:], prog="clipa-fast train", config=plain)
@@ -300,14 +323,15 @@ def _flag(argv: list[str], name: str) -> str | None:
 
 
 def _stoppable(run: Callable[[], object], argv: list[str]) -> None:
-    """Runs a training command; a run that was told to stop exits with 128 + the signal, a broken one with 3."""
-    from clipa_fast.trainer import Interrupted, NonFiniteLoss
+    """Runs a training command; exit codes as `main` has them."""
+    from clipa_fast.non_finite import NonFiniteLoss
+    from clipa_fast.stage_loop import Interrupted
 
     try:
         run()
     except Interrupted as stopped:
         print(f"{stopped}; a checkpoint is written. To go on: {shlex.join(['clipa-fast', *argv])}", file=sys.stderr)
-        raise SystemExit(128 + stopped.signal) from stopped
+        raise SystemExit(EXIT_PREEMPTED if stopped.signal == signal.SIGTERM else EXIT_INTERRUPTED) from stopped
     except NonFiniteLoss as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_NON_FINITE) from error
@@ -353,6 +377,13 @@ def _run(arguments: Any, argv: list[str]) -> None:
     # What follows needs jax.
     if isinstance(arguments, Profile):
         return _profile(arguments)
+    if isinstance(arguments, Train) and arguments.dry_run:
+        from clipa_fast.dry_run import dry_run_command
+
+        where = (arguments.chip, arguments.devices, arguments.dry_run_stage)
+        return print(dry_run_command(arguments.settings, *where, output=arguments.output))
+    if isinstance(arguments, Train) and arguments.run_dir is None:
+        raise UserError("run_dir: missing; accepted: --run-dir FOLDER, or --dry-run")
     from clipa_fast.cpu_memory import keep_freed_memory
 
     keep_freed_memory()
@@ -366,7 +397,11 @@ def _run(arguments: Any, argv: list[str]) -> None:
     from clipa_fast import commands
 
     if isinstance(arguments, Train):
-        return _stoppable(lambda: commands.train_command(arguments.settings, arguments.run_dir), argv)
+        from clipa_fast.distributed import initialize
+
+        initialize(arguments.coordinator, arguments.process_id, arguments.num_processes)
+        options = {"profile_steps": arguments.profile_steps}
+        return _stoppable(partial(commands.train_command, arguments.settings, arguments.run_dir, **options), argv)
     if isinstance(arguments, Doctor):
         from clipa_fast.doctor import doctor_command
 
@@ -392,5 +427,5 @@ def _evaluate(arguments: Eval) -> None:
     if arguments.run_dir is not None:
         open_run(arguments.run_dir)
     model = arguments.model or arguments.run_dir
-    same = {name: getattr(arguments, name) for name in ("tokenizer", "image_size", "batch_size", "output")}
+    same = {name: getattr(arguments, name) for name in ("tokenizer", "image_size", "batch_size", "output", "ema")}
     eval_command(str(model), part(EvaluationData), part(Protocol), **same)

@@ -10,30 +10,39 @@ from rich.console import Console
 from clipa_fast.config import RunConfig
 from clipa_fast.data.glyphs import GlyphSource
 from clipa_fast.data.preflight import preflight
+from clipa_fast.distributed import is_first
 from clipa_fast.encode import Encoder
-from clipa_fast.run import open_source, start_run, with_weights
+from clipa_fast.mesh import check_devices, used_devices
+from clipa_fast.profile_window import ProfileWindow
+from clipa_fast.run import open_source, start_run, start_run_together, with_weights
+from clipa_fast.run_checks import check_run
 from clipa_fast.run_report import write_run_report
-from clipa_fast.trainer import check_run, train
+from clipa_fast.trainer import train
 
 
-def train_command(config: RunConfig, folder: Path, console: Console | None = None) -> None:
+def train_command(
+    config: RunConfig, folder: Path, console: Console | None = None, *, profile_steps: str | None = None
+) -> None:
     """Trains `config` in `folder`, or goes on there, and writes the report.
 
     Raises:
-      UserError: what `check_run`, `start_run` and `open_source` find wrong.
+      UserError: what `check_run`, `check_devices`, `start_run` and `open_source` find wrong.
     """
-    console = console or Console()
+    console = (console or Console()) if is_first() else Console(quiet=True)
     source = open_source(config.data, console=console)
     if not (folder / "config.yaml").is_file():
         # A run that goes on has read its weights and needs them no more.
         check_run(with_weights(config)[0], len(source))
-    run = start_run(config, folder, source)
+    check_devices(config.parallel, config.stages, len(used_devices(config.parallel)))
+    ProfileWindow(profile_steps, folder)  # refuses what it cannot read before anything is written
+    run = start_run_together(config, folder, source)
     check_run(run.config, len(source))
     console.print(f"{source.name}: {len(source):,} samples; run folder {folder}", highlight=False)
     for line in preflight(source, config.data, config.stages):
         console.print(line, highlight=False)
-    train(run.config, folder, source, run.tokenizer, console)
-    console.print(f"report: {write_run_report(run)}", highlight=False)
+    train(run.config, folder, source, run.tokenizer, console, profile_steps=profile_steps)
+    if is_first():
+        console.print(f"report: {write_run_report(run)}", highlight=False)
 
 
 def demo_command(

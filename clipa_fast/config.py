@@ -76,37 +76,44 @@ class ModelConfig:
     """Compute dtype. Parameters, softmax and loss are float32 always."""
     remat: Literal["none", "image", "text", "both"] = "none"
     """Which tower recomputes its blocks in the backward pass."""
+    remat_policy: Literal["nothing", "attention", "dots"] = "nothing"
+    """What a recomputed block keeps all the same: nothing, the output of attention, or that of every dense layer
+    (CLIPA's "minimal")."""
     attention: Literal["auto", "xla", "tpu", "gpu"] = "auto"
     """Implementation of attention. auto: the best that can serve the call on this machine."""
     scan_unroll: int = 1
     """Blocks per step of the scan over layers: more compiles longer and can run faster."""
 
 
-COMPUTING_FIELDS = ("dtype", "remat", "attention", "scan_unroll")
+COMPUTING_FIELDS = ("dtype", "remat", "remat_policy", "attention", "scan_unroll")
 """Fields of ModelConfig that say how a model is computed, not which one it is."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW as the papers use it."""
+    """AdamW as the papers use it, or Adafactor to save memory."""
 
+    name: Literal["adamw", "adafactor"] = "adamw"
+    """adafactor keeps two vectors for the second moment of a matrix; with beta1 = 0 it keeps no first moment either."""
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.95
-    """Decay of the second moment."""
+    """Decay of AdamW's second moment; Adafactor's follows the number of steps."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of AdamW's second moment."""
     weight_decay: float = 0.2
     """Decoupled weight decay, times the learning rate."""
     decay: Literal["kernels", "all_but_norms", "matrices"] = "kernels"
     """What is decayed: kernels (CLIPA's JAX code), all_but_norms (its t5x branch: token table and class token too),
     matrices (open_clip: every parameter of two and more dimensions)."""
     first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of AdamW's first moment; bfloat16 saves memory (the papers' H, g and bigG runs)."""
+    """Type of the first moment; bfloat16 saves memory (the papers' H, g and bigG runs)."""
     clip_norm: float | None = None
     """Clip the global gradient norm. The papers do not."""
     max_logit_scale: float | None = None
     """Clamp the temperature's multiplier after each step. open_clip: 100; CLIPA's JAX code: none."""
+    ema_decay: float | None = None
+    """Keep a moving average of the parameters with this decay per step, for `eval --ema`. Starts with each stage."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,9 @@ class StageConfig:
     """Samples seen; rounded down to whole batches."""
     batch_size: int = 512
     """Global batch."""
+    micro_batches: int = 1
+    """Parts that a batch passes through the towers in, to save memory. The loss is still that of the whole batch, at
+    the price of one more forward pass."""
     base_learning_rate: float = 8e-6
     """Peak learning rate per 256 samples of batch: peak = base * batch / 256."""
     warmup_steps: int = 100
@@ -168,6 +178,18 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How a run is spread over devices. The batch is spread over all of them."""
+
+    devices: int | None = None
+    """Devices used, over all processes. None: every one there is; of a CPU, one a process."""
+    fsdp: int | None = None
+    """Devices that share one copy of parameters and optimizer state. None: as few as its memory asks for."""
+    exchange: Literal["all_gather", "ring"] = "all_gather"
+    """How features reach other devices for the loss; ring holds fewer of them at once."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run."""
 
@@ -179,6 +201,7 @@ class RunConfig:
     """Weights to start from instead of random ones: a run's folder, a folder or file in open_clip's format, an .npz of
     CLIPA's JAX code, or hf://ORG/NAME. They bring their tokenizer and their `model` along, of which dtype, remat,
     attention and scan_unroll stay free."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     seed: int = 0
     """Fixes initialisation, masks, crops and the order of the data."""
     log_every: int = 50
@@ -187,6 +210,14 @@ class RunConfig:
     """Steps between checkpoints; one is written at each stage's end too."""
     keep_checkpoints: int = 2
     """Newest checkpoints that stay on disk."""
+    keep_checkpoint_hours: float | None = None
+    """Besides the newest, keep a checkpoint for good every so many hours. None: none."""
+    checkpoint_dir: str | None = None
+    """Folder or bucket (gs://...) of the checkpoints; all processes must see the same one. None: in the run's."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is no number ends the run, or its step is left out. Both write non_finite.jsonl."""
+    wandb: str | None = None
+    """Project at Weights & Biases that metrics go to as well; needs the package wandb."""
 
 
 def load_config(path: str | Path) -> RunConfig:
@@ -289,5 +320,5 @@ def _to_stages(value: Any) -> tuple[dict, ...]:
 
 
 def _field_names() -> list[str]:
-    parts = (RunConfig, ModelConfig, DataConfig, StageConfig, OptimizerConfig, TowerSize)
+    parts = (RunConfig, ModelConfig, DataConfig, StageConfig, OptimizerConfig, ParallelConfig, TowerSize)
     return [f.name for part in parts for f in dataclasses.fields(part)]

@@ -68,6 +68,7 @@ def eval_command(
     image_size: int | None = None,
     batch_size: int = 256,
     output: Path | None = None,
+    ema: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Evaluates a model: retrieval where pictures have captions, zero-shot classification where classes are given.
@@ -79,6 +80,7 @@ def eval_command(
       tokenizer, image_size: see `open_pretrained`.
       batch_size: rows encoded at once, divided among the devices.
       output: writes the returned figures there as JSON.
+      ema: of a run, evaluates the moving average of its parameters.
 
     Raises:
       UserError: no such model, data or classes, nothing to evaluate, or samples without a label.
@@ -94,7 +96,7 @@ def eval_command(
         matched = match_labels(labels, classes, label_map, protocol.candidates, source.key)
     elif not captions:
         raise UserError(f"data: {source.name} has no captions; accepted with class_names only")
-    opened = open_pretrained(model, tokenizer=tokenizer, image_size=image_size)
+    opened = open_pretrained(model, tokenizer=tokenizer, image_size=image_size, ema=ema)
     if protocol.resize is not None:
         opened = dataclasses.replace(opened, config=dataclasses.replace(opened.config, resize=protocol.resize))
     encoder = Encoder.of(opened, batch_size)

@@ -1,4 +1,4 @@
-"""AdamW as the papers use it: schedule, decay masks, moment types."""
+"""AdamW as the papers use it, or Adafactor to save memory: schedule, decay masks, moment types."""
 
 from __future__ import annotations
 
@@ -57,7 +57,15 @@ def decay_mask(params: Any, rule: str) -> Any:
 def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
     """The stage's optimizer."""
     settings = stage.optimizer
-    adamw = optax.adamw(
+    optimizer = _adafactor(stage) if settings.name == "adafactor" else _adamw(stage)
+    if settings.clip_norm is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
+
+
+def _adamw(stage: StageConfig) -> optax.GradientTransformation:
+    settings = stage.optimizer
+    return optax.adamw(
         learning_rate_schedule(stage),
         b1=settings.beta1,
         b2=settings.beta2,
@@ -66,6 +74,16 @@ def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
         weight_decay=settings.weight_decay,
         mask=lambda params: decay_mask(params, settings.decay),
     )
-    if settings.clip_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
+
+
+def _adafactor(stage: StageConfig) -> optax.GradientTransformation:
+    """Adafactor (https://arxiv.org/abs/1804.04235) at AdamW's learning rates: updates clipped to a root mean square of
+    1, no scaling by the parameter, first moment and decoupled decay as AdamW has them."""
+    settings = stage.optimizer
+    # Of the stacked blocks [depth, in, out] the two largest dimensions are factored, those of the matrix.
+    parts = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
+    if settings.beta1 > 0:
+        parts.append(optax.ema(settings.beta1, accumulator_dtype=jnp.dtype(settings.first_moment_dtype)))
+    mask = lambda params: decay_mask(params, settings.decay)  # noqa: E731
+    parts.append(optax.add_decayed_weights(settings.weight_decay, mask))
+    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate_schedule(stage)))

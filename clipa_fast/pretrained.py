@@ -63,6 +63,7 @@ def open_pretrained(
     tokenizer: str | Path | None = None,
     image_size: int | None = None,
     image_pool: str = "gap",
+    ema: bool = False,
 ) -> Pretrained:
     """Opens a trained model.
 
@@ -71,13 +72,16 @@ def open_pretrained(
       tokenizer: replaces the tokenizer beside the weights; see `clipa_fast.text.open_tokenizer.ACCEPTED`.
       image_size: for an npz, side of the pictures in pixels, which its arrays do not tell; None: 224.
       image_pool: for an npz, "gap" (all of CLIPA-v2) or "tok" (most of v1), which its arrays do not tell either.
+      ema: of a run, the moving average of its parameters.
 
     Raises:
       UserError: nothing there that is a model, or a model of parts that the towers here do not have.
     """
     if image_pool not in ("gap", "tok"):
         raise UserError(f"image_pool: got {image_pool!r}; accepted: gap, tok")
-    model = _open(str(source), image_size, image_pool)
+    if ema and not (Path(source).expanduser() / "config.yaml").is_file():
+        raise UserError(f"ema: {source} is no run; accepted: the folder of a run with optimizer.ema_decay")
+    model = _run(Path(source).expanduser(), ema) if ema else _open(str(source), image_size, image_pool)
     if tokenizer is None:
         return model
     return dataclasses.replace(model, tokenizer=open_tokenizer(tokenizer, architecture(model.config).text_rule))
@@ -108,13 +112,13 @@ def _weights_in(folder: Path) -> Path:
     return found
 
 
-def _run(folder: Path) -> Pretrained:
+def _run(folder: Path, ema: bool = False) -> Pretrained:
     # Training may start from a model opened here, so the trainer is looked up when needed.
     from clipa_fast.run import open_run
     from clipa_fast.trainer import load_params
 
     run = open_run(folder)
-    params, stage = load_params(run.config, folder)
+    params, stage = load_params(run.config, folder, ema=ema)
     config, sizes = run.config.model, (stage.image_size, stage.text_length)
     return Pretrained(str(folder), config, *sizes, run.tokenizer, lambda put: jax.tree.map(put, params))
 

@@ -16,6 +16,7 @@ from clipa_fast.config import COMPUTING_FIELDS, DataConfig, ModelConfig, RunConf
 from clipa_fast.data.glyphs import GlyphSource
 from clipa_fast.data.shards import ShardSource
 from clipa_fast.data.source import Source, all_captions
+from clipa_fast.distributed import check_equal, is_first, wait_for_all
 from clipa_fast.errors import UserError
 from clipa_fast.model.architecture import architecture
 from clipa_fast.model.presets import PAPER_VOCAB_SIZE, towers
@@ -67,11 +68,14 @@ def start_run(config: RunConfig, folder: Path, source: Source) -> Run:
         raise UserError(f"run_dir: {folder} is a file")
     if (folder / "config.yaml").is_file():
         run = open_run(folder)
-        if _asked(config, run.config) != run.config:
+        asked = _asked(config, run.config)
+        if _what_is_learned(asked) != _what_is_learned(run.config):
             raise UserError(
                 f"run_dir: {folder} holds a run with another config; accepted: the same config, or a new folder"
             )
-        return run
+        if asked != run.config:
+            _write_config(folder, asked)
+        return dataclasses.replace(run, config=asked)
     config, tokenizer = with_weights(config)
     tokenizer = _make_tokenizer(config, source, tokenizer)
     tokenizer.check_ready()
@@ -89,10 +93,25 @@ def start_run(config: RunConfig, folder: Path, source: Source) -> Run:
         raise UserError(f"run_dir: cannot make {folder}: {error.strerror}") from error
     tokenizer.save(folder / "tokenizer.json")
     # The config comes last and whole: a folder with one is a run that can go on.
-    partial = folder / "config.yaml.partial"
-    partial.write_text(config_to_yaml(config))
-    os.replace(partial, folder / "config.yaml")
+    _write_config(folder, config)
     return Run(folder, config, tokenizer)
+
+
+def start_run_together(config: RunConfig, folder: Path, source: Source) -> Run:
+    """`start_run` for all processes of a run, whether they share a disk or each has its own.
+
+    Raises:
+      UserError: what `start_run` finds wrong, or the processes do not see the same data or run.
+    """
+    check_equal(str(len(source)), "data: number of samples")
+    if is_first():
+        run = start_run(config, folder, source)
+    wait_for_all("the first process has opened the run")
+    if not is_first():
+        run = start_run(config, folder, source)
+    check_equal(config_to_yaml(run.config), "config")
+    check_equal((folder / "tokenizer.json").read_text(encoding="utf-8"), "data.tokenizer: tokenizer")
+    return run
 
 
 def open_run(folder: Path) -> Run:
@@ -164,3 +183,22 @@ def _make_tokenizer(config: RunConfig, source: Source, beside_weights: AnyTokeni
             size = min(size, config.model.vocab_size)
         return WordPieceTokenizer.train(all_captions(source, _VOCABULARY_SAMPLES)[0], size).with_rule(rule)
     return open_tokenizer(path, rule)
+
+
+def _write_config(folder: Path, config: RunConfig) -> None:
+    partial = folder / "config.yaml.partial"
+    partial.write_text(config_to_yaml(config))
+    os.replace(partial, folder / "config.yaml")
+
+
+def _what_is_learned(config: RunConfig) -> RunConfig:
+    """The config without what only says how it is computed, watched and kept: a run may go on with another."""
+    default = RunConfig()
+    how = ("parallel", "log_every", "checkpoint_every", "keep_checkpoints", "keep_checkpoint_hours", "non_finite")
+    computing = [name for name in COMPUTING_FIELDS if name != "dtype"]
+    model = dataclasses.replace(config.model, **{name: getattr(default.model, name) for name in computing})
+    reading = {name: getattr(default.data, name) for name in ("workers", "cache_mb", "cache_gb")}
+    data = dataclasses.replace(config.data, **reading)
+    stages = tuple(dataclasses.replace(stage, micro_batches=1) for stage in config.stages)
+    plain = {name: getattr(default, name) for name in (*how, "checkpoint_dir", "wandb")}
+    return dataclasses.replace(config, model=model, data=data, stages=stages, **plain)

@@ -16,7 +16,7 @@ from clipa_fast.model.costs import pair_gmac
 from clipa_fast.optimizer import num_steps
 from clipa_fast.report import AccuracyRow, FullTraining, Gallery, StageSummary, content_of_run, write_json, write_report
 from clipa_fast.run import Run
-from clipa_fast.trainer import tokens_per_pair
+from clipa_fast.throughput import tokens_per_pair
 
 
 def write_run_report(run: Run, accuracy: Sequence[AccuracyRow] = (), gallery: Gallery | None = None) -> Path:

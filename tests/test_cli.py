@@ -203,11 +203,17 @@ def test_a_folder_of_another_run(workplace, finished, capsys, change):
     assert_refused(capsys, arguments, f"run_dir: {finished} holds a run with another config")
 
 
-def test_a_damaged_checkpoint(workplace, copied, capsys):
-    newest = copied / "checkpoints" / str(STEPS)
+def test_damaged_checkpoints(workplace, copied, capsys):
+    """The newest is passed over; where all are damaged, the run does not start anew by itself."""
+    newest, before = sorted((copied / "checkpoints").iterdir(), key=lambda path: -int(path.name))
     (newest / "state" / "manifest.ocdbt").unlink()
+    evaluate = ["eval", "--run-dir", copied, "--data", workplace / "train.tar"]
+    main([str(argument) for argument in evaluate])
+    output = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert f"checkpoint {newest} is damaged" in output
+    (before / "state" / "manifest.ocdbt").unlink()
     arguments = ["train", "--config", workplace / "run.yaml", "--run-dir", copied]
-    assert_refused(capsys, arguments, str(newest), "delete this folder to go on from the checkpoint before it")
+    assert_refused(capsys, arguments, str(copied), "are damaged", "delete this folder to start the run anew")
 
 
 def test_a_run_without_checkpoint(workplace, copied, capsys):
@@ -263,7 +269,7 @@ def test_flags_override_the_file_and_the_folder_remembers(workplace, tmp_path, m
     from clipa_fast import commands
 
     seen = []
-    monkeypatch.setattr(commands, "train_command", lambda config, folder: seen.append((config, folder)))
+    monkeypatch.setattr(commands, "train_command", lambda config, folder, **_: seen.append((config, folder)))
     flags = ["--seed=3", "--stages.1.mask-ratio", "0.25", "--stages.0.optimizer.eps", "1e-6", "--stages.1.no-jitter"]
     main(["train", f"--config={workplace / 'run.yaml'}", "--run-dir", str(tmp_path / "new"), *flags])
     ((config, folder),) = seen

@@ -62,6 +62,7 @@ class VisionTower(nnx.Module):
             options=AttentionOptions.of(config, is_causal=False),
             remat=config.remat in ("image", "both"),
             unroll=config.scan_unroll,
+            policy=config.remat_policy,
             rngs=rngs,
         )
         self.norm = layer_norm(size.width, about.norm_eps, dtype, rngs)
@@ -116,6 +117,7 @@ class TextTower(nnx.Module):
             options=AttentionOptions.of(config, is_causal=about.causal_text),
             remat=config.remat in ("text", "both"),
             unroll=config.scan_unroll,
+            policy=config.remat_policy,
             rngs=rngs,
         )
         self.norm = layer_norm(size.width, about.norm_eps, dtype, rngs)

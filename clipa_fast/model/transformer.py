@@ -11,11 +11,20 @@ import jax
 import jax.numpy as jnp
 from clipa_kernels import flat_attention
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from clipa_fast.config import ModelConfig, TowerSize
+from clipa_fast.mesh import gathered
 from clipa_fast.model.architecture import Architecture
 
 _ZEROS = nnx.initializers.zeros_init()
+
+_POLICIES = {
+    "nothing": None,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention_output"),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""`ModelConfig.remat_policy`: what a recomputed block keeps."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,7 @@ class Attention(nnx.Module):
                 is_causal=self.options.is_causal,
                 implementation=self.options.implementation,
             )
-        return self.out(output)
+        return self.out(checkpoint_name(output, "attention_output"))
 
 
 class Mlp(nnx.Module):
@@ -190,6 +199,7 @@ class Transformer(nnx.Module):
         options: AttentionOptions,
         remat: bool,
         unroll: int,
+        policy: str = "nothing",
         rngs: nnx.Rngs,
     ):
         @nnx.split_rngs(splits=size.depth)
@@ -198,7 +208,7 @@ class Transformer(nnx.Module):
             return Block(size, init, about, options, dtype, rngs=rngs)
 
         self.blocks = stacked(rngs)
-        self.remat = remat
+        self.remat, self.policy = remat, policy
         self.unroll = unroll
 
     def __call__(self, x: jax.Array, seq_len: int) -> jax.Array:
@@ -209,7 +219,7 @@ class Transformer(nnx.Module):
             if self.unroll > 1:
                 # Else XLA fuses the sums of all blocks before into each block, and computes them again there.
                 x = jax.lax.optimization_barrier(x)
-            return nnx.merge(graphdef, block_params)(x, seq_len), None
+            return nnx.merge(graphdef, gathered(block_params))(x, seq_len), None
 
-        run = jax.checkpoint(step) if self.remat else step
+        run = jax.checkpoint(step, policy=_POLICIES[self.policy]) if self.remat else step
         return jax.lax.scan(run, x, params, unroll=self.unroll)[0]

@@ -125,6 +125,12 @@ def find(implementations: Sequence[Implementation], name: Any) -> Implementation
     raise ValueError(f"implementation must be None or one of {accepted}; got {name!r}")
 
 
+def _platform() -> str:
+    """What the program is traced for: the devices of the mesh around it, or else jax's default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None or device.platform is None else device.platform
+
+
 def choose(
     function: str, implementations: Sequence[Implementation], problem: Any, requested: str | None
 ) -> tuple[Implementation, Explanation]:

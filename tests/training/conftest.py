@@ -3,11 +3,21 @@
 import dataclasses
 import io
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
-from clipa_fast.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, StageConfig, TowerSize
+from clipa_fast.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    StageConfig,
+    TowerSize,
+)
 from clipa_fast.text.tokenizer import WordPieceTokenizer
 
 WORDS = ["red", "green", "blue", "round", "square", "tall", "small", "dark", "light", "noisy"]
@@ -39,6 +49,25 @@ class Pictures:
         return str(index)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """The same small steps are compiled by many tests, and by the processes that they start."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture(scope="session")
 def source():
     return Pictures()
@@ -65,6 +94,7 @@ def config(tokenizer):
         ),
         data=DataConfig(train=("pictures",)),
         stages=(first, second),
+        parallel=ParallelConfig(devices=1),
         log_every=1,
         checkpoint_every=3,
     )

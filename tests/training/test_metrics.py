@@ -1,9 +1,12 @@
 """Metrics rows: whole, in order, cut back to the checkpoint on resuming."""
 
 import json
+import sys
+import types
 
 import pytest
 
+from clipa_fast.errors import UserError
 from clipa_fast.metrics import Metrics, read_metrics
 
 
@@ -54,3 +57,37 @@ def test_a_row_is_readable_as_soon_as_it_is_written(tmp_path):
     metrics.write({"step": 1, "loss": 0.5})
     assert steps_of(tmp_path) == [1]
     metrics.close()
+
+
+def test_rows_go_to_weights_and_biases_if_asked(tmp_path, monkeypatch):
+    logged, started = [], {}
+
+    class Run:
+        def log(self, row, step):
+            logged.append((step, row))
+
+        def finish(self):
+            logged.append("finished")
+
+    def init(**settings):
+        started.update(settings)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    metrics = Metrics(tmp_path, wandb="clip")
+    metrics.write({"step": 3, "stage": "a", "loss": 0.5})
+    metrics.close()
+    assert logged == [(3, {"stage": "a", "loss": 0.5}), "finished"]
+    assert started["project"] == "clip"
+    assert started["resume"] == "allow"
+    first = started["id"]
+    Metrics(tmp_path, wandb="clip").close()
+    # A resumed run goes on with the same one.
+    assert started["id"] == first
+
+
+def test_weights_and_biases_may_be_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"wandb: the package is not installed; pip install clipa-fast\[wandb\]"):
+        Metrics(tmp_path, wandb="clip")
+    assert not list(tmp_path.iterdir())

@@ -149,3 +149,33 @@ def test_clipping_is_by_the_global_norm():
     tiny = {name: leaf * (0.1 / norm) for name, leaf in gradient.items()}
     for name in SHAPES:
         np.testing.assert_array_equal(run(clipped, tree(0), [tiny])[0][name], run(plain, tree(0), [tiny])[0][name])
+
+
+def adafactor_stage(**changes):
+    settings = OptimizerConfig(name="adafactor", **{"beta1": 0.0, "weight_decay": 0.0, **changes})
+    return dataclasses.replace(STAGE, warmup_steps=0, optimizer=settings)
+
+
+def test_first_step_of_adafactor():
+    """Shazeer & Stern 2018, algorithm 4, in float64: at step 1 the second moment is the squared gradient's own."""
+    rng = np.random.default_rng(0)
+    gradient = rng.normal(size=(130, 200)) * rng.uniform(0.1, 3, (130, 1))
+    params = {"kernel": jnp.asarray(rng.normal(size=gradient.shape), jnp.float32)}
+    ours, _ = run(adafactor_stage(weight_decay=0.5), params, [{"kernel": jnp.asarray(gradient, jnp.float32)}])
+    square = gradient**2
+    second = square.mean(1, keepdims=True) * square.mean(0, keepdims=True) / square.mean()
+    update = gradient / np.sqrt(second)
+    update /= max(1.0, np.sqrt((update**2).mean()))
+    kernel = np.asarray(params["kernel"], np.float64)
+    expected = kernel - peak_learning_rate(STAGE) * (update + 0.5 * kernel)
+    # Parameters of up to 5 in float32, and sums of 200 terms.
+    np.testing.assert_allclose(ours["kernel"], expected, rtol=0, atol=3e-6)
+
+
+def test_memory_of_adafactor():
+    params = {"kernel": jnp.zeros((3, 256, 512))}
+    size = lambda stage: sum(leaf.nbytes for leaf in jax.tree.leaves(make_optimizer(stage).init(params)))  # noqa: E731
+    whole = params["kernel"].nbytes
+    assert size(adafactor_stage()) < 0.01 * whole
+    assert 0.5 * whole < size(adafactor_stage(beta1=0.9, first_moment_dtype="bfloat16")) < 0.51 * whole
+    assert size(STAGE) > 2 * whole
