@@ -51,6 +51,7 @@ def test_equal_captions_raise_the_floor():
     assert all(verdicts(rows(np.linspace(4.9, 0.75, 60)), DISTINCT // 2).values())
 
 
+@pytest.mark.slow
 def test_end_to_end():
     stage = StageConfig(image_size=32, text_length=8)
     config = RunConfig(ModelConfig(preset="S/16"), DataConfig(trained_vocab_size=300), (stage,))

@@ -79,6 +79,7 @@ def test_attention_and_loss_cases_compute_what_they_say():
         assert jnp.allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_train_steps_row_is_what_the_planner_calibrates_on(tmp_path, capsys):
     path = tmp_path / "history.jsonl"
     arguments = ["--model", "Ti/16", "--stages", "32t8", "--batch", "2", "--dtype", "float32", "--seconds", "1"]

@@ -28,7 +28,7 @@ from .interpreted import (
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=3)
 @given(
     seed=st.integers(0, 2**16),
     batch=st.integers(1, 3),
@@ -64,7 +64,7 @@ def test_random_calls(
     assert_attention_exact(operands, bias, **options)
 
 
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=2)
 @given(seed=st.integers(0, 2**16), length=st.sampled_from(LENGTHS), head_dim=st.sampled_from(HEAD_DIMS))
 def test_lengths_of_clipa(seed, length, head_dim):
     assert_attention_exact(random_operands(np.random.default_rng(seed), BF16, 1, length, length, 1, head_dim))

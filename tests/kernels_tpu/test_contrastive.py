@@ -143,7 +143,7 @@ def test_transformations():
         ("contrastive", {"data": 8}, "all_gather", "none"),
         ("contrastive", {"data": 8}, "ring", "all"),
         ("contrastive", {"host": 2, "chip": 4}, ("ring", "all_gather"), "weights"),
-        ("sigmoid", {"data": 8}, "ring", "weights"),
+        pytest.param("sigmoid", {"data": 8}, "ring", "weights", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")

@@ -23,7 +23,11 @@ SIZES = st.fixed_dictionaries(
 @given(SIZES)
 def test_tilings_cover_and_fit(sizes):
     sizes["batch"] = padded_batch(sizes["batch"], sizes["length"])
-    sizes["head_dim"] = lanes_per_head(**sizes)
+    lanes = lanes_per_head(**sizes)
+    if lanes is None:  # long float32 sequences on a chip with little VMEM: the general kernels serve them
+        assert sizes["itemsize"] * sizes["length"] > 2048
+        return
+    sizes["head_dim"] = lanes
     tiling = choose_tiling(**sizes)
     assert vmem_bytes(tiling, sizes["itemsize"], sizes["tensors"]) <= sizes["chip"].vmem_bytes
     assert sizes["batch"] % tiling.block_sequences == 0

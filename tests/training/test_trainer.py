@@ -105,7 +105,9 @@ def test_a_finished_run_started_again_does_nothing(config, source, tokenizer, fi
     assert f"resuming after step {STEPS}" in console.file.getvalue()
 
 
-@pytest.mark.parametrize(("at", "signal_number"), [(5, signal.SIGTERM), (8, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("at", "signal_number"), [(5, signal.SIGTERM), pytest.param(8, signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_stopped_and_resumed_to_the_bit(
     config, source, tokenizer, finished, tmp_path, console, monkeypatch, at, signal_number
 ):
