@@ -57,6 +57,15 @@ def test_lengths_of_clipa(batch, seq_len, num_heads, head_dim):
         assert_close(tpu(num_heads, seq_len), operands, num_heads=num_heads, seq_len=seq_len)
 
 
+def test_masks_of_a_long_sequence():
+    """Causal, and keys that end early, where a tile holds one sequence of more than 128 rows."""
+    operands = random_operands(5, 2, 132, 2, 64, BF16)
+    lengths = np.array([0, 77], np.int32)
+    options = {"num_heads": 2, "seq_len": 132, "is_causal": True}
+    with interpreter():
+        assert_close(tpu(lengths=lengths, **options), operands, lengths, **options)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seq_len", [101, 154, 180, 197, 257, 346])
 def test_long_lengths_of_clipa(seq_len):

@@ -2,6 +2,7 @@
 
 from clipa_kernels.tpu.block_sizes import choose_tiling, lanes_per_head, padded_batch, vmem_bytes
 from clipa_kernels.tpu.chips import CHIPS
+from clipa_kernels.tpu.tile_attention import tile_bias
 from clipa_kernels.tpu.tiling import LANES, columns_of, head_groups
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,6 +45,17 @@ def test_tilings_cover_and_fit(sizes):
         assert start <= first
         assert first - start < tiling.offsets
         assert first + tiling.sequences * tiling.length <= start + tiling.tile_rows
+
+
+@settings(deadline=None)
+@given(st.integers(129, 400))
+def test_only_rows_at_the_edges_are_masked(length):
+    tiling = choose_tiling(padded_batch(16, length), length, 2, 64, 2, 7, CHIPS["v5e"])
+    bias, seen = tile_bias(tiling, is_causal=False), tiling.rows_always_seen
+    assert not bias[:, seen].any()
+    assert seen.start % 8 == seen.stop % 8 == 0
+    spare = tiling.tile_rows - length  # the sequence moves by as much; both edges are rounded to registers of 8 rows
+    assert tiling.tile_rows - (seen.stop - seen.start) <= 2 * (spare + 7)
 
 
 @given(st.integers(1, 40), st.integers(16, 128), st.sampled_from([128, 256]))

@@ -201,18 +201,31 @@ def _softmax_of_tile(
             seen |= (key >= start) & (key < start + lengths_ref[first + s])
         source[slot] = jnp.where(seen, bias_ref[window.offset], tm.MASKED)
 
+    unmasked = tiling.rows_always_seen if lengths_ref is None and not is_causal else slice(0, 0)
+
+    def bias_of(rows: slice, width: int) -> jax.Array:
+        return jnp.concatenate([source[index, rows]] * (width // LANES), axis=1)
+
     def softmax(logits: jax.Array, item: _Item) -> jax.Array:
-        bias = jnp.concatenate([source[index]] * (logits.shape[1] // LANES), axis=1)
         if tiling.tile_rows <= LANES:
-            return tm.probabilities(logits, bias, scale)
+            return tm.probabilities(logits + bias_of(slice(None), logits.shape[1]), scale)
         columns = tiling.columns(item.group)
         query = tm.query_rows(columns, len(item.group.heads), item.columns)
         if is_causal:
             key = lax.broadcasted_iota(jnp.int32, logits.shape, 0)
-            bias = jnp.where(key <= query, bias, tm.MASKED)
+            logits = jnp.where(key <= query, logits, tm.MASKED)
+        parts = slice(0, unmasked.start), unmasked, slice(unmasked.stop, tiling.tile_rows)
+        logits = jnp.concatenate(
+            [
+                logits[rows] if rows is unmasked else logits[rows] + bias_of(rows, logits.shape[1])
+                for rows in parts
+                if rows.start < rows.stop
+            ],
+            axis=0,
+        )
         query = query - window.offset
         mine = jnp.where((query >= 0) & (query < tiling.length), 1.0, 0.0)
-        return tm.probabilities(logits, bias, scale, mine)
+        return tm.probabilities(logits, scale, mine)
 
     return softmax
 

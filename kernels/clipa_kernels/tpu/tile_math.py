@@ -96,12 +96,11 @@ def sum_over_keys(weights: jax.Array, x: jax.Array, heads: Heads, columns: Colum
     return jnp.concatenate([total, rest], axis=0)
 
 
-def probabilities(logits: jax.Array, bias: jax.Array, scale: float, factor: jax.Array | float = 1.0) -> jax.Array:
-    """Softmax over rows of scale * logits + bias, where bias is 0 or MASKED; zeros for columns without keys.
+def probabilities(logits: jax.Array, scale: float, factor: jax.Array | float = 1.0) -> jax.Array:
+    """Softmax over rows of scale * logits, MASKED where keys must not be seen; zeros for columns without keys.
 
     `factor` multiplies whole columns: 0 for queries that have no business here.
     """
-    logits = logits + bias
     top = jnp.maximum(jnp.max(logits, axis=0, keepdims=True), LOWEST)
     weights = jnp.exp2((logits - top) * (scale / math.log(2)))
     return weights * (factor / jnp.maximum(jnp.sum(weights, axis=0, keepdims=True), TINY))

@@ -93,6 +93,12 @@ class Tiling:
         """Number of places in a tile where its first sequence can start (0, 1, ...)."""
         return self.tile_rows - self.sequences * self.length + 1
 
+    @property
+    def rows_always_seen(self) -> slice:
+        """Rows, whole registers of them, that belong to a tile's one sequence wherever it starts."""
+        start = round_up(self.offsets - 1, SUBLANES)
+        return slice(start, max(start, self.length // SUBLANES * SUBLANES))
+
 
 def round_up(x: int, multiple: int) -> int:
     """`x` rounded up to a multiple."""
