@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from clipa_kernels import contrastive_xla
 from clipa_kernels.contrastive_function import InBatchAccuracy
@@ -61,6 +61,10 @@ def contrastive_loss(
     the devices' losses are one and the same, and differentiates their sum, as with any `jax.lax.psum`: the features'
     gradients come out times the number of devices, and `jax.lax.pmean` of the parameters' gradients (`logit_scale`
     included, of which each device gets a part) is the dense gradient.
+
+    With bfloat16 or float16 features the weights of the gradients' products are rounded to that dtype. Where all logits
+    of a batch are nearly alike those weights cancel, and what is left of them in the gradients, that to `logit_scale`
+    above all, is that rounding. Float32 features do not have this.
 
     Args:
       image: [b, D], normalized rows of this device; float32, bfloat16, float16 or float64.
@@ -203,6 +207,8 @@ def _run(
     if mesh is not None:
         rows, whole = PartitionSpec(batch_axes(axis_name, mesh)), PartitionSpec()
         specs = jax.tree.map(lambda x: rows if x.ndim else whole, operands)
+        if AxisType.Explicit in mesh.axis_types:  # what jax.make_mesh makes: there nothing moves without being told
+            operands = jax.tree.map(lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec)), operands, specs)
         run = jax.shard_map(run, mesh=mesh, in_specs=(specs,), out_specs=whole)
     loss, accuracy = run(operands)
     return (loss, accuracy) if return_accuracy else loss

@@ -15,6 +15,7 @@ features.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -196,7 +197,8 @@ def spread_out(
     Softmax: smoothing / N in each row and column. Sigmoid: half of smoothing, as in binary cross-entropy.
     """
     factor = problem.label_smoothing / (jnp.maximum(count, 1) if problem.kind == "softmax" else 2)
-    total = scalars.scale * (sums.weighted_image @ sums.text + sums.image @ sums.weighted_text) / 2
+    exact = partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
+    total = scalars.scale * (exact(sums.weighted_image, sums.text) + exact(sums.image, sums.weighted_text)) / 2
     if scalars.bias is not None:
         total += scalars.bias * count * count
     return -factor * total, factor

@@ -111,7 +111,7 @@ def target_platform() -> tuple[str, str]:
     so that a program compiled for a TPU on a machine without one takes what it would take there; else jax's default.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
+    if device is not None and device.platform is not None:
         return device.platform, "the mesh's devices are"
     return jax.default_backend(), "jax's default backend is"
 
@@ -123,12 +123,6 @@ def find(implementations: Sequence[Implementation], name: Any) -> Implementation
             return candidate
     accepted = ", ".join(repr(candidate.name) for candidate in implementations)
     raise ValueError(f"implementation must be None or one of {accepted}; got {name!r}")
-
-
-def _platform() -> str:
-    """What the program is traced for: the devices of the mesh around it, or else jax's default backend."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None or device.platform is None else device.platform
 
 
 def choose(

@@ -205,6 +205,22 @@ def test_options_from_plain_jit_with_a_mesh(kind, exchange, options):
 
 
 @needs_devices
+def test_a_mesh_as_make_mesh_makes_it():
+    """Its axes are explicit: nothing moves there unless told to, weights that lie elsewhere among it."""
+    operands, *_ = problem("contrastive")
+    weights = np.linspace(0.5, 2.0, len(operands[0]))
+    mesh = jax.make_mesh((DEVICES,), ("data",))
+
+    def loss(image):
+        return contrastive_loss(image, *operands[1:], weights=weights, mesh=mesh, exchange="ring")
+
+    with jax.set_mesh(mesh):
+        value, gradient = jax.jit(jax.value_and_grad(loss))(operands[0])
+    exact = reference.contrastive_loss_grad(*operands, weights=weights)
+    check(value, [gradient], reference.contrastive_loss(*operands, weights=weights), [exact["image"]])
+
+
+@needs_devices
 def test_a_mesh_that_does_not_divide_the_batch_is_named():
     rows = jnp.ones((12, 4))
     with pytest.raises(ValueError, match="image must have a multiple of 8 rows, the devices of mesh; got 12"):
