@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from clipa_kernels import contrastive_loss, dot_product_attention, flat_attention, sigmoid_loss
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 try:
@@ -13,12 +13,16 @@ except ImportError:  # jax 0.10
     from jax._src.mesh import AbstractDevice
 
 BF16 = jnp.bfloat16
-H200 = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H200", None, "gpu"))
+H200 = AbstractDevice("NVIDIA H200", None, "gpu")
 
 
-def lowered(function, *shapes):
-    """The text of function and its gradients, for CUDA. Nothing but what a kernel needs may be said about it."""
-    with jax.sharding.use_abstract_mesh(H200):
+def mesh(kind):
+    return AbstractMesh((1,), ("x",), axis_types=(kind,), abstract_device=H200)
+
+
+def lowered(function, *shapes, kind=AxisType.Explicit):
+    """The program's text, for CUDA."""
+    with jax.sharding.use_abstract_mesh(mesh(kind)):
         return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -86,6 +90,10 @@ def test_inside_of_shard_map(check_vma):
         return flat_attention(*operands, num_heads=2, seq_len=17, implementation="gpu")
 
     split = jax.shard_map(
-        gradients(attention, 3), mesh=H200, in_specs=P("x"), out_specs=P("x"), check_vma=check_vma, axis_names={"x"}
+        gradients(attention, 3),
+        mesh=mesh(AxisType.Auto),
+        in_specs=P("x"),
+        out_specs=P("x"),
+        check_vma=check_vma,
     )
-    assert lowered(split, x, x, x).count("__gpu$xla.gpu.triton") == 2
+    assert lowered(split, x, x, x, kind=AxisType.Auto).count("__gpu$xla.gpu.triton") == 2

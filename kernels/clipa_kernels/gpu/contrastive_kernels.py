@@ -186,7 +186,7 @@ def _weights_kernel(call: PairCall, inputs: _WeightInputs, results: tuple[Any, A
     place = weights_ref.at[ds(tile.first_row, call.tiles.rows), ds(tile.first_column, call.tiles.columns)]
     store(place, weights.astype(weights_ref.dtype), mask=tile.real)
     if sums_ref is not None:
-        store(sums_ref.at[tile.row_tile, tile.column_tile], weights.sum())
+        store(sums_ref.at[tile.row_tile, tile.column_tile], weights.sum(1).sum(0))
 
 
 def weights(call: PairCall, pairs: Pairs, rows: Any, columns: Any) -> tuple[jax.Array, jax.Array]:
