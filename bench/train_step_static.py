@@ -20,7 +20,7 @@ import jax
 
 from clipa_fast.errors import UserError
 from clipa_fast.model.presets import grid_size, towers
-from clipa_fast.profiling import Profile, compile_for_tpu
+from clipa_fast.profiling import Profile, compile_for_tpu, prepare
 from clipa_fast.profiling.chips import find_chip, topology_name
 from clipa_fast.profiling.profile import STATIC_ESTIMATE
 from clipa_fast.profiling.programs import train_step_program, train_step_stage
@@ -99,13 +99,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rows", type=int, default=0, help="also the operations that take longest, so many of each")
     parser.add_argument("--output", type=Path, help="write every profile there as JSON too")
     args = parser.parse_args(argv)
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
     profiles = []
     try:
         steps = [parse_step(step) for step in args.steps]
         topology_name(find_chip(args.chip), args.devices)
         if args.output and not args.output.parent.is_dir():
             raise UserError(f"output: the folder {args.output.parent} does not exist")
+        prepare()  # refuses where there is no libtpu
+        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
         print(f"{STATIC_ESTIMATE}; one device of {args.devices} {args.chip}; {versions}")
         print("| " + " | ".join(COLUMNS) + " |\n" + "| --- " * len(COLUMNS) + "|")
         for step in steps:

@@ -108,7 +108,7 @@ def make_train_step(
         if stage.optimizer.ema_decay is not None:
             new["ema"] = optax.incremental_update(new_params, state["ema"], 1 - stage.optimizer.ema_decay)
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
-        new = jax.tree.map(lambda x, old: jnp.where(finite, x, old) if _is_float(x) else x, new, state)
+        new = _kept_unless_finite(finite, new, state)
         metrics = {
             "loss": loss,
             "logit_scale": jnp.exp(params["log_logit_scale"]),
@@ -161,6 +161,11 @@ def _placed(tree: Any, mesh: Mesh | None) -> Any:
     if mesh is None or mesh.size == 1:
         return tree
     return jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
+
+
+def _kept_unless_finite(finite: jax.Array, new: State, old: State) -> State:
+    """`new`, but with the floats of `old` where the step came to no number."""
+    return jax.tree.map(lambda x, before: jnp.where(finite, x, before) if _is_float(x) else x, new, old)
 
 
 def _is_float(x: jax.Array) -> bool:

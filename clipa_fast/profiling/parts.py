@@ -36,7 +36,7 @@ _RULES = (
     ("VisionTower.", "embeddings and heads"),
     ("TextTower.", "embeddings and heads"),
     ("CLIP.", "embeddings and heads"),
-    ("batch_accuracy", "loss"),
+    ("_kept_unless_finite", "optimizer"),
     ("optax/", "optimizer"),
 )
 # Containers hold the operations that are counted themselves.

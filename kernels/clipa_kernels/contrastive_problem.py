@@ -192,7 +192,9 @@ def _teacher(image: Any, text: Any, scale: Any, weight: Any, student: Any) -> tu
     if len(missing) == len(parts):
         return None, None
     if missing:
-        raise ValueError(f"{missing[0]} must come with {', '.join(set(parts) - set(missing))}; got None")
+        raise ValueError(
+            f"{missing[0]} must come with {', '.join(name for name in parts if name not in missing)}; got None"
+        )
     checks.scalar("teacher_scale", scale)
     (shape, dtype), (text_shape, text_dtype) = (checks.shape_and_dtype(n, parts[n]) for n in list(parts)[:2])
     checks.floating("teacher_image", dtype)

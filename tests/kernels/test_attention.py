@@ -328,7 +328,10 @@ X = jnp.ones((2, 5, 4, 8))
         ({"return_residual": None}, "return_residual must be True or False"),
         ({"query_seq_lengths": jnp.ones(2)}, "query_seq_lengths must be integers of shape"),
         ({"key_value_seq_lengths": jnp.ones(3, int)}, "key_value_seq_lengths must be integers of shape"),
-        ({"implementation": "cudnn"}, "implementation must be None or one of 'tpu', 'gpu', 'xla'; got 'cudnn'"),
+        (
+            {"implementation": "flash"},
+            "implementation must be None or one of 'tpu', 'gpu', 'cudnn', 'xla'; got 'flash'",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

@@ -109,6 +109,7 @@ def assert_equal(found, alone):
     np.testing.assert_allclose(found[:5], alone[:5], rtol=5e-6)
 
 
+@pytest.mark.slow
 def test_preempted_in_four_processes_and_gone_on_with_in_two(workplace, alone):
     folder = workplace / "four"
     processes = start(workplace, folder, 4, "--parallel.fsdp", "2")

@@ -24,7 +24,7 @@ def test_steps_of_a_run(config, source, monkeypatch):
     # Two products forward and four backward, in an image tower of 5 tokens and a text tower of 4, 16 pairs each.
     assert parts["mlp"].flops == 2 * 6 * 16 * (5 * 32 * 64 + 4 * 24 * 48)
     assert parts["attention projections"].flops == 2 * 3 * 16 * 4 * (5 * 32**2 + 4 * 24**2)
-    assert all(part.num_bytes > 0 for part in profile.parts)
+    assert all(part.num_bytes > 0 for part in profile.parts), profile.table()
     assert "waiting for input and host" in profile.table()
 
 

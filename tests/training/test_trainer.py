@@ -235,6 +235,8 @@ def test_no_profile_window(steps, tmp_path):
 
 
 def test_a_run_goes_on_computed_and_watched_otherwise(config, source, tmp_path):
+    data = dataclasses.replace(config.data, trained_vocab_size=config.model.vocab_size)
+    config = dataclasses.replace(config, data=data)
     run = start_run(config, tmp_path / "run", source)
     parallel = ParallelConfig(devices=1, fsdp=1, exchange="ring")
     model = dataclasses.replace(config.model, remat="both", remat_policy="dots", scan_unroll=2)
