@@ -40,7 +40,7 @@ def test_real_photographs_are_learned_by_heart(shared, tmp_path):
         init_from=str(shared / "reference" / "clipa-tiny-tanh-eps6"),
         log_every=100,
     )
-    source = open_source(config.data.train)
+    source = open_source(config.data)
     run = start_run(config, tmp_path / "run", source)
     assert run.config.model.convention == "clipa"
     assert run.config.model.scan_unroll == 3
