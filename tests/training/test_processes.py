@@ -2,7 +2,6 @@
 
 import io
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -54,7 +53,7 @@ def workplace(source, tmp_path_factory):
 
 
 def start(workplace, folder, count, *flags):
-    """The training command in `count` processes of one device each. `timeout -k`: a stuck one would ignore SIGTERM."""
+    """The training command in `count` processes of one device each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -66,13 +65,12 @@ def start(workplace, folder, count, *flags):
     }
     command = [sys.executable, "-c", "from clipa_fast.cli import main; main()", "train"]
     command += ["--config", str(workplace / "run.yaml"), "--run-dir", str(folder), *flags]
-    timeout = [shutil.which("timeout"), "--foreground", "-k", "5", "500"]
     processes = []
     for number in range(count):
         several = ["--coordinator", f"127.0.0.1:{port}", "--process-id", str(number), "--num-processes", str(count)]
         processes.append(
             subprocess.Popen(
-                [*timeout, *command, *(several if count > 1 else [])],
+                [*command, *(several if count > 1 else [])],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -83,7 +81,12 @@ def start(workplace, folder, count, *flags):
 
 
 def ends(processes):
-    outputs = [process.communicate(timeout=600) for process in processes]
+    """Exit codes and outputs."""
+    try:
+        outputs = [process.communicate(timeout=600) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # a stuck one ignores SIGTERM, and one that has ended takes no harm
     return [process.returncode for process in processes], outputs
 
 
