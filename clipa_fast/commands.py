@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from clipa_fast.config import RunConfig
@@ -38,7 +39,7 @@ def train_command(
     run = start_run_together(config, folder, source)
     check_run(run.config, len(source))
     console.print(f"{source.name}: {len(source):,} samples; run folder {folder}", highlight=False)
-    for line in preflight(source, config.data, config.stages):
+    for line in preflight(source, config.data, config.stages, jax.process_count()):
         console.print(line, highlight=False)
     train(run.config, folder, source, run.tokenizer, console, profile_steps=profile_steps)
     if is_first():
