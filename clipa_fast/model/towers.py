@@ -14,7 +14,7 @@ from clipa_fast.model.architecture import PIXEL_NORMS, architecture
 from clipa_fast.model.image_masks import MaskFn
 from clipa_fast.model.positions import sincos_2d
 from clipa_fast.model.presets import PAPER_VOCAB_SIZE, Towers, grid_size, towers
-from clipa_fast.model.transformer import AttentionOptions, BlockInit, Transformer, layer_norm, linear
+from clipa_fast.model.transformer import AttentionOptions, BlockInit, Pool, Transformer, layer_norm, linear
 
 # CLIPA's JAX code scales residual initialisation as if every text tower had 12 layers.
 _CLIPA_INIT_DEPTH = 12
@@ -90,9 +90,9 @@ class VisionTower(nnx.Module):
         seq_len = x.shape[1]
         x = x.reshape(batch * seq_len, width)
         x = x if self.norm_pre is None else self.norm_pre(x)
-        x = self.transformer(x, seq_len).reshape(batch, seq_len, width)
-        pooled = x[:, 1:].mean(axis=1) if self.pool == "gap" else x[:, 0]
-        return self.head(self.norm(pooled))
+        gap = self.pool == "gap"
+        read = (lambda x: x[:, 1:].mean(axis=1)) if gap else (lambda x: x[:, 0])
+        return self.head(self.norm(self.transformer(x, seq_len, Pool(read, batch, picks=not gap))))
 
 
 class TextTower(nnx.Module):
@@ -132,10 +132,11 @@ class TextTower(nnx.Module):
             raise ValueError(f"tokens: length {length}, but the tower was built for {self.position_table.shape[0]}")
         x = (self.token_table[...][tokens] + self.position_table[...]).astype(self.dtype)
         width = x.shape[-1]
-        x = self.transformer(x.reshape(batch * length, width), length).reshape(batch, length, width)
         # CLIP's end token has the largest id; the first one counts.
-        pooled = x[:, -1] if self.pool == "last" else x[jnp.arange(batch), jnp.argmax(tokens, axis=1)]
-        return self.head(self.norm(pooled))
+        last = self.pool == "last"
+        read = (lambda x: x[:, -1]) if last else (lambda x: x[jnp.arange(batch), jnp.argmax(tokens, axis=1)])
+        pool = Pool(read, batch, picks=True)
+        return self.head(self.norm(self.transformer(x.reshape(batch * length, width), length, pool)))
 
 
 class CLIP(nnx.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -50,6 +51,20 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": jax.nn.gelu,
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
+
+
+@dataclass(frozen=True)
+class Pool:
+    """How a tower is read: [B * T, features] to [B, features], the same for every feature, and linear."""
+
+    read: Callable[[jax.Array], jax.Array]
+    """[B, T, features] to [B, features]."""
+    batch: int
+    picks: bool
+    """Whether it takes one token of each sequence as it is."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.read(x.reshape(self.batch, -1, x.shape[-1]))
 
 
 @dataclass(frozen=True)
@@ -136,7 +151,7 @@ class Attention(nnx.Module):
         self.value = linear(width, width, init.attention_in, dtype, rngs)
         self.out = linear(width, width, init.attention_out, dtype, rngs)
 
-    def __call__(self, x: jax.Array, seq_len: int) -> jax.Array:
+    def __call__(self, x: jax.Array, seq_len: int, pool: Pool | None = None) -> jax.Array:
         query, key, value = self.query(x), self.key(x), self.value(x)
         with jax.named_scope("attention"):  # profiles tell it apart by this name
             output = flat_attention(
@@ -148,19 +163,21 @@ class Attention(nnx.Module):
                 is_causal=self.options.is_causal,
                 implementation=self.options.implementation,
             )
-        return self.out(checkpoint_name(output, "attention_output"))
+        output = checkpoint_name(output, "attention_output")
+        return self.out(output if pool is None else pool(output))
 
 
 class Mlp(nnx.Module):
-    """Dense, a kind of GELU, Dense."""
+    """Dense, a kind of GELU, Dense; with `pool`, of its mean over tokens."""
 
     def __init__(self, size: TowerSize, init: BlockInit, activation: str, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         self.activation = activation
         self.fc = linear(size.width, size.mlp_dim, init.mlp_in, dtype, rngs)
         self.proj = linear(size.mlp_dim, size.width, init.mlp_out, dtype, rngs, dot_general=narrowing_dot_general)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.proj(ACTIVATIONS[self.activation](self.fc(x)))
+    def __call__(self, x: jax.Array, pool: Pool | None = None) -> jax.Array:
+        hidden = ACTIVATIONS[self.activation](self.fc(x))
+        return self.proj(hidden if pool is None else pool(hidden))
 
 
 class Block(nnx.Module):
@@ -184,6 +201,15 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, seq_len: int) -> jax.Array:
         x = x + self.attention(self.norm1(x), seq_len)
         return x + self.mlp(self.norm2(x))
+
+    def pooled(self, x: jax.Array, seq_len: int, pool: Pool) -> jax.Array:
+        """pool(self(x, seq_len)), to rounding, without computing what is not read."""
+        if pool.picks:
+            x = pool(x) + self.attention(self.norm1(x), seq_len, pool)
+            return x + self.mlp(self.norm2(x))
+        x = x + self.attention(self.norm1(x), seq_len)
+        # A mean passes through the last dense layer.
+        return pool(x) + self.mlp(self.norm2(x), pool)
 
 
 class Transformer(nnx.Module):
@@ -209,17 +235,35 @@ class Transformer(nnx.Module):
 
         self.blocks = stacked(rngs)
         self.remat, self.policy = remat, policy
-        self.unroll = unroll
+        self.unroll, self.depth = unroll, size.depth
 
-    def __call__(self, x: jax.Array, seq_len: int) -> jax.Array:
-        """x: [B * seq_len, width]."""
+    def __call__(self, x: jax.Array, seq_len: int, pool: Pool) -> jax.Array:
+        """x: [B * seq_len, width]. Returns what `pool` reads of the last block, [B, width]."""
         graphdef, params = nnx.split(self.blocks)
 
-        def step(x: jax.Array, block_params) -> tuple[jax.Array, None]:
+        def step(x: jax.Array, block_params: Any, pool: Pool | None = None) -> tuple[jax.Array, None]:
             if self.unroll > 1:
                 # Else XLA fuses the sums of all blocks before into each block, and computes them again there.
                 x = jax.lax.optimization_barrier(x)
-            return nnx.merge(graphdef, gathered(block_params))(x, seq_len), None
+            block = nnx.merge(graphdef, gathered(block_params))
+            return block(x, seq_len) if pool is None else block.pooled(x, seq_len, pool), None
 
-        run = jax.checkpoint(step, policy=_POLICIES[self.policy]) if self.remat else step
-        return jax.lax.scan(run, x, params, unroll=self.unroll)[0]
+        def run(x: jax.Array, block_params: Any, pool: Pool | None = None) -> tuple[jax.Array, None]:
+            run = partial(step, pool=pool)
+            run = jax.checkpoint(run, policy=_POLICIES[self.policy]) if self.remat else run
+            return run(x, block_params)
+
+        if self.unroll < self.depth:
+            # Setting the last block apart would copy the parameters of all the others.
+            return pool(jax.lax.scan(run, x, params, unroll=self.unroll)[0])
+        *blocks, last = _unstacked(params, self.depth)
+        for block_params in blocks:
+            x, _ = run(x, block_params)
+        return run(x, last, pool)[0]
+
+
+def _unstacked(params: Any, depth: int) -> list[Any]:
+    """The parameters of each block. The gradient of lax.split stacks them in one go, that of indexing adds up."""
+    leaves, structure = jax.tree.flatten(params)
+    split = [[part[0] for part in jax.lax.split(leaf, (1,) * depth)] for leaf in leaves]
+    return [structure.unflatten(parts) for parts in zip(*split, strict=True)]
