@@ -91,10 +91,12 @@ COMPUTING_FIELDS = ("dtype", "remat", "remat_policy", "attention", "scan_unroll"
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW as the papers use it, or Adafactor to save memory."""
+    """AdamW as the papers use it, Adafactor to save memory, or Muon to save samples."""
 
-    name: Literal["adamw", "adafactor"] = "adamw"
-    """adafactor keeps two vectors for the second moment of a matrix; with beta1 = 0 it keeps no first moment either."""
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
+    """adafactor keeps two vectors for the second moment of a matrix; with beta1 = 0 it keeps no first moment either.
+    muon makes the update of a dense layer's matrix orthogonal and keeps no second moment of it; the rest gets Adam. In
+    short runs it learned more from each sample than adamw at the same learning rate."""
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.95

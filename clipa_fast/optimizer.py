@@ -1,4 +1,4 @@
-"""AdamW as the papers use it, or Adafactor to save memory: schedule, decay masks, moment types."""
+"""AdamW as the papers use it, Adafactor to save memory, Muon to save samples: schedule, decay masks, moment types."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from clipa_fast.config import StageConfig
 
@@ -57,7 +58,7 @@ def decay_mask(params: Any, rule: str) -> Any:
 def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
     """The stage's optimizer."""
     settings = stage.optimizer
-    optimizer = _adafactor(stage) if settings.name == "adafactor" else _adamw(stage)
+    optimizer = {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon}[settings.name](stage)
     if settings.clip_norm is None:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
@@ -87,3 +88,35 @@ def _adafactor(stage: StageConfig) -> optax.GradientTransformation:
     mask = lambda params: decay_mask(params, settings.decay)  # noqa: E731
     parts.append(optax.add_decayed_weights(settings.weight_decay, mask))
     return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate_schedule(stage)))
+
+
+def _muon(stage: StageConfig) -> optax.GradientTransformation:
+    """Muon (https://kellerjordan.github.io/posts/muon) for the dense layers' matrices, Adam for everything else, both
+    with Nesterov's momentum and AdamW's decoupled decay.
+
+    Muon's updates are scaled to the size that AdamW's have (https://arxiv.org/abs/2502.16982): its learning rates
+    carry over.
+    """
+    settings = stage.optimizer
+    direction = optax.contrib.muon(
+        1.0,
+        beta=settings.beta1,
+        eps=settings.eps,
+        mu_dtype=jnp.dtype(settings.first_moment_dtype),
+        adam_b1=settings.beta1,
+        adam_b2=settings.beta2,
+        muon_weight_dimension_numbers=_matrix_axes,
+        consistent_rms=0.2,
+    )
+    return optax.chain(
+        direction,
+        optax.scale(-1.0),  # it points downhill, the decay not yet
+        optax.add_decayed_weights(settings.weight_decay, lambda params: decay_mask(params, settings.decay)),
+        optax.scale_by_learning_rate(learning_rate_schedule(stage)),
+    )
+
+
+def _matrix_axes(params: Any) -> Any:
+    """Input and output axes of the dense layers' kernels, behind the axis that stacks blocks; None elsewhere."""
+    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    return jax.tree_util.tree_map_with_path(lambda path, _: axes if path[-1].key == "kernel" else None, params)
