@@ -5,11 +5,11 @@ import resource
 import sys
 import time
 
-from clipa_fast.cpu_memory import keep_freed_memory
+from clipa_fast.cpu_settings import prepare_cpu
 
-keep_freed_memory()
+prepare_cpu()
 
-import jax  # noqa: E402  (the allocator is set before jax makes its client)
+import jax  # noqa: E402  (settings first, then jax's client)
 import numpy as np  # noqa: E402
 
 from clipa_fast.config import ModelConfig, StageConfig  # noqa: E402

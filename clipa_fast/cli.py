@@ -384,9 +384,9 @@ def _run(arguments: Any, argv: list[str]) -> None:
         return print(dry_run_command(arguments.settings, *where, output=arguments.output))
     if isinstance(arguments, Train) and arguments.run_dir is None:
         raise UserError("run_dir: missing; accepted: --run-dir FOLDER, or --dry-run")
-    from clipa_fast.cpu_memory import keep_freed_memory
+    from clipa_fast.cpu_settings import prepare_cpu
 
-    keep_freed_memory()
+    prepare_cpu()
     if isinstance(arguments, Import | Export):
         from clipa_fast.model_commands import export_command, import_command
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from clipa_fast import cpu_memory
+from clipa_fast import cpu_settings
 from clipa_fast.checkpoint import Checkpoints
 from clipa_fast.cli import main
 from clipa_fast.config import load_config
@@ -76,9 +76,9 @@ def workplace(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _allocator_as_it_is(monkeypatch):
-    # The setting is for a whole process, and this one goes on to other tests.
-    monkeypatch.setattr(cpu_memory, "keep_freed_memory", lambda: False)
+def _process_as_it_is(monkeypatch):
+    # These settings are for a whole process, and this one goes on to other tests.
+    monkeypatch.setattr(cpu_settings, "prepare_cpu", lambda: None)
 
 
 def command(*arguments):
@@ -379,3 +379,21 @@ def assert_same_bits(ours, theirs):
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize("given", ["", "--xla_backend_extra_options=xla_cpu_optimize_for_size=0"])
+def test_cpu_settings_keep_the_flags_that_are_set(given):
+    code = """
+import os
+from clipa_fast.cpu_settings import fuse_siblings
+fuse_siblings(); fuse_siblings()
+import jax, jax.numpy as jnp
+text = jax.jit(lambda x: (jnp.sin(x).sum(0), jnp.cos(x))).lower(jnp.ones((64, 64))).compile().as_text()
+print(os.environ["XLA_FLAGS"])
+"""
+    variables = {**environment(), "XLA_FLAGS": given}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, timeout=120)
+    assert result.returncode == 0, result.stderr
+    flags = result.stdout.split()
+    assert flags.count("--xla_backend_extra_options=xla_cpu_use_multi_output_fusion") == (given.count("extra") == 0)
+    assert all(flag in flags for flag in given.split())
