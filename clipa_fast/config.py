@@ -54,7 +54,7 @@ class ModelConfig:
     """Whether a text token sees only those before it."""
     text_pool: Literal["last", "end"] | None = None
     """Where the text is read. last: the last position. end: the largest token, which CLIP's end token is."""
-    pixel_norm: Literal["imagenet", "openai", "inception"] | None = None
+    pixel_norm: Literal["imagenet", "openai", "inception", "glyphs"] | None = None
     """Mean and deviation that pixels are normalised with."""
     resize: Literal["squash", "shorter_side"] | None = None
     """How evaluation makes a picture square: squash it, or cut the middle out (openai)."""

@@ -59,6 +59,7 @@ PIXEL_NORMS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "openai": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "glyphs": ((0.887, 0.887, 0.887), (0.3, 0.3, 0.3)),  # the built-in set's own: black on much white
 }
 """Mean and standard deviation of red, green and blue, for values in [0, 1]."""
 
