@@ -11,7 +11,7 @@ from jax import lax
 
 from clipa_kernels import contrastive_function
 from clipa_kernels.contrastive_problem import ContrastiveOperands, ContrastiveProblem
-from clipa_kernels.contrastive_terms import LOWEST, Scalars, Side, Statistics, merged, nothing
+from clipa_kernels.contrastive_terms import LOWEST, Scalars, Side, Statistics, WeightSums, merged, nothing, weight_sums
 
 CHUNK = 1 << 22
 """Logits made at once."""
@@ -34,35 +34,42 @@ def statistics(problem: ContrastiveProblem, scalars: Scalars, rows: Side, column
     return of_rows, of_columns
 
 
-def gradient(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array, initial: Any):
+def gradient(
+    problem: ContrastiveProblem,
+    scalars: Scalars,
+    rows: Side,
+    columns: Side,
+    own: jax.Array,
+    initial: Any,
+    wants_sums: bool,
+):
     """See `contrastive_function.Blocks`."""
 
-    def work(part, first, total):
-        weights = _weights(problem, scalars, part, columns, own + first)
+    def work(part, first, sums):
+        weights, more = _weights(problem, scalars, part, columns, own + first)
         gradient = _products(weights.astype(problem.dtype), columns.features, "ij,jd->id")
-        return (None if total is None else total + weights.sum()), gradient
+        return (jax.tree.map(jnp.add, sums, more) if wants_sums else None), gradient
 
-    zero = jnp.zeros((), scalars.scale.dtype) if problem.kind == "sigmoid" else None
-    total, gradient = _by_chunks(rows, columns, zero, work)
-    return gradient if initial is None else initial + gradient, total
+    zero = jnp.zeros((), scalars.scale.dtype)
+    sums, gradient = _by_chunks(rows, columns, weight_sums(problem, zero, zero) if wants_sums else None, work)
+    return gradient if initial is None else initial + gradient, sums
 
 
 def gradients(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array):
     """See `contrastive_function.Blocks`."""
 
     def work(part, first, state):
-        of_columns, total = state
-        weights = _weights(problem, scalars, part, columns, own + first)
+        of_columns, sums = state
+        weights, more = _weights(problem, scalars, part, columns, own + first)
         small = weights.astype(problem.dtype)
         of_columns += _products(small, part.features, "ij,id->jd")
         of_rows = _products(small, columns.features, "ij,jd->id")
-        return (of_columns, None if total is None else total + weights.sum()), of_rows
+        return (of_columns, jax.tree.map(jnp.add, sums, more)), of_rows
 
-    zero = jnp.zeros((), scalars.scale.dtype) if problem.kind == "sigmoid" else None
-    (of_columns, total), of_rows = _by_chunks(
-        rows, columns, (jnp.zeros(columns.features.shape, scalars.scale.dtype), zero), work
-    )
-    return of_rows, of_columns, total
+    zero = jnp.zeros((), scalars.scale.dtype)
+    start = jnp.zeros(columns.features.shape, zero.dtype), weight_sums(problem, zero, zero)
+    (of_columns, sums), of_rows = _by_chunks(rows, columns, start, work)
+    return of_rows, of_columns, sums
 
 
 BLOCKS = contrastive_function.Blocks(statistics, gradient, gradients)
@@ -103,8 +110,8 @@ def _products(a: jax.Array, b: jax.Array, subscripts: str = "id,jd->ij") -> jax.
     return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=wide)
 
 
-def _logits(scalars: Scalars, rows: Side, columns: Side) -> jax.Array:
-    logits = scalars.scale * _products(rows.features, columns.features)
+def _logits(scalars: Scalars, similarity: jax.Array) -> jax.Array:
+    logits = scalars.scale * similarity
     return logits if scalars.bias is None else logits + scalars.bias
 
 
@@ -133,7 +140,7 @@ def _peaks(logits: jax.Array, moment_of: jax.Array | None = None):
 
 def _chunk_statistics(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array):
     is_own = _is_own(rows, columns, own)
-    logits = _logits(scalars, rows, columns)
+    logits = _logits(scalars, _products(rows.features, columns.features))
     others = jnp.where(is_own, -jnp.inf, _among_pairs(logits, rows, columns))
 
     def own_of(x):
@@ -160,10 +167,13 @@ def _factors(rows: Side, columns: Side) -> Any:
     return 1 if rows.weight is None else rows.weight[:, None] / 2 + columns.weight / 2
 
 
-def _weights(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array) -> jax.Array:
-    """N * d loss / d logits of a block, 0 for own logits."""
+def _weights(
+    problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array
+) -> tuple[jax.Array, WeightSums]:
+    """N * d loss / d logits of a block, 0 for own logits; and their sums."""
     row_terms, column_terms = rows.terms, columns.terms
-    logits = _among_pairs(_logits(scalars, rows, columns), rows, columns)
+    similarity = _products(rows.features, columns.features)
+    logits = _among_pairs(_logits(scalars, similarity), rows, columns)
 
     def softmaxes(logits, tops, factors):
         by_row = jnp.exp(logits - tops[0][:, None]) * factors[0][:, None]
@@ -177,4 +187,5 @@ def _weights(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns:
         logits = _among_pairs(_teacher_logits(scalars, rows, columns), rows, columns)
         tops = row_terms.teacher_top, column_terms.teacher_top
         weights -= softmaxes(logits, tops, (row_terms.teacher_factor, column_terms.teacher_factor))
-    return jnp.where(_is_own(rows, columns, own), 0, weights)
+    weights = jnp.where(_is_own(rows, columns, own), 0, weights)
+    return weights, weight_sums(problem, (weights * similarity).sum(), weights.sum())
