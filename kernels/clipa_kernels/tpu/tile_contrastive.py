@@ -241,18 +241,18 @@ def _gradient_kernel(tiles: Tiles, goes_on: bool, scalars_ref, own_ref, rows_ref
     if teacher_refs is not None:
         weights -= softmaxes(masked(_products(*teacher_refs) * scalars_ref[2]), TEACHER_TOP)
     weights = jnp.where(_is_own(tiles, own_ref), 0.0, weights)
-    before = jnp.where(j == 0, 0.0 if initial_ref is None else initial_ref[...], out_ref[...])
-    out_ref[...] = before + matmul(weights.astype(columns_ref.dtype), columns_ref[...])
     if sum_refs:
         (sum_ref,) = sum_refs
 
         def add(k, x):
-            total = _tree(jnp.add, _groups(jnp.sum(x, axis=0, keepdims=True)))
+            total = jnp.sum(_tree(jnp.add, _groups(x)), axis=0, keepdims=True)
             sum_ref[k : k + 1] = jnp.where(j == 0, 0.0, sum_ref[k : k + 1]) + total
 
         add(SIMILARITY_SUM, weights * similarity)
         if tiles.kind == "sigmoid":
             add(WEIGHT_SUM, weights)
+    before = jnp.where(j == 0, 0.0 if initial_ref is None else initial_ref[...], out_ref[...])
+    out_ref[...] = before + matmul(weights.astype(columns_ref.dtype), columns_ref[...])
 
 
 def _specs(tiles: Tiles, block: Block) -> tuple[list[pl.BlockSpec], list[jax.Array]]:
