@@ -84,9 +84,15 @@ def _batch(problem: ContrastiveProblem, operands: ContrastiveOperands) -> _Batch
     weight, count = operands.weights, problem.batch * exchange.device_count(problem)
     if weight is not None:
         is_pair = weight > 0
-        weight = jnp.where(is_pair, weight, 0).astype(dtype)
-        count, total = exchange.summed((is_pair.sum(dtype=dtype), weight.sum()), problem.axis_names)
-        weight *= count / jnp.where(total > 0, total, 1)
+        weight = jnp.where(weight <= 0, 0, weight).astype(dtype)  # NaN stays, so that it is seen
+        # Where a sum of weights overflows, that of these does not, unless XLA takes the factor out of it.
+        small = jax.lax.optimization_barrier(weight * 2.0**-64)
+        sums = is_pair.sum(dtype=dtype), weight.sum(), small.sum()
+        count, *totals = exchange.summed(sums, problem.axis_names)
+        means = [
+            x * (count / jnp.where(total == 0, 1, total)) for x, total in zip((weight, small), totals, strict=True)
+        ]
+        weight = jnp.where(totals[0] < jnp.inf, *means)
         # What stands in rows that are no pairs may be anything, NaN included.
         sides = [[x if x is None else jnp.where(is_pair[:, None], x, 0) for x in pair] for pair in sides]
     image, text = (Side(features, teacher, weight) for features, teacher in zip(*sides, strict=True))
@@ -174,7 +180,10 @@ def _feature_gradients(blocks: Blocks, problem: ContrastiveProblem, batch: _Batc
         start = None, None
         if problem.ring_axes:
             zero = jnp.zeros((), batch.scalars.scale.dtype)
-            start = jnp.zeros(rows.features.shape, zero.dtype), terms.weight_sums(problem, zero, zero) if wants_sums else None
+            start = (
+                jnp.zeros(rows.features.shape, zero.dtype),
+                terms.weight_sums(problem, zero, zero) if wants_sums else None,
+            )
 
         def work(columns, own, state):
             features, sums = state

@@ -27,7 +27,7 @@ def supports(problem: ContrastiveProblem) -> Support:
     for name, dtype in (("image", problem.dtype), ("teacher_image", problem.teacher_dtype)):
         if dtype is not None and dtype not in (jnp.float32, jnp.bfloat16):
             return unsupported(f"{name} must be float32 or bfloat16; got {dtype.name}")
-    chip = chip_of()
+    chip = chip_of(device=problem.device)
     if _vmem_bytes(problem, ROWS[-1], COLUMNS[-1]) > chip.vmem_bytes:
         return unsupported(f"a tile with {problem.features} features does not fit in the VMEM of {chip.name}")
     return SUPPORTED
@@ -74,7 +74,9 @@ def gradient(
     out = out[: rows.features.shape[0]]
     if sums is None:
         return out, None
-    return out, contrastive_terms.weight_sums(problem, *(sums[k].sum() for k in (tiles.SIMILARITY_SUM, tiles.WEIGHT_SUM)))
+    return out, contrastive_terms.weight_sums(
+        problem, *(sums[k].sum() for k in (tiles.SIMILARITY_SUM, tiles.WEIGHT_SUM))
+    )
 
 
 BLOCKS = contrastive_function.Blocks(statistics, gradient)
