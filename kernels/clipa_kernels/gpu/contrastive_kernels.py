@@ -207,7 +207,7 @@ class _WeightResults(NamedTuple):
 def _weights_kernel(call: PairCall, inputs: _WeightInputs, results: _WeightResults) -> None:
     tile, terms = _Tile(call, inputs.block), (inputs.row_terms, inputs.column_terms)
     similarity = tile.similarity()
-    logits = jnp.where(tile.others, tile.logits(similarity), -jnp.inf)
+    logits = tile.logits(similarity)
     if call.kind == "sigmoid":
         weights = jax.nn.sigmoid(logits) * tile.spread(*(x.factor for x in terms))
     else:
@@ -215,6 +215,7 @@ def _weights_kernel(call: PairCall, inputs: _WeightInputs, results: _WeightResul
         for axis, x in enumerate(terms):
             top, factor = (jnp.expand_dims(tile.vector(ref, axis), 1 - axis) for ref in (x.top, x.factor))
             weights += jnp.exp(logits - top) * factor
+    weights = jnp.where(tile.others, weights, 0.0)
     place = results.weights.at[ds(tile.first_row, call.tiles.rows), ds(tile.first_column, call.tiles.columns)]
     inside = (tile.index(0) < results.weights.shape[0]) & (tile.index(1) < results.weights.shape[1])
     store(place, weights.astype(results.weights.dtype), mask=inside)
