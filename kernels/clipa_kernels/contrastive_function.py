@@ -67,15 +67,15 @@ def _loss(blocks: Blocks, problem: ContrastiveProblem, operands: ContrastiveOper
 class _Batch(NamedTuple):
     """The operands as both directions need them. `count`: pairs in the global batch, `weight` of mean 1 among them.
 
-    For label smoothing `sums`, over all pairs of the global batch, and `own_sums`, over this device's.
+    For label smoothing the `FeatureSums` `sums`, over all pairs of the global batch, and `own_sums`, over this device's.
     """
 
     image: Side
     text: Side
     scalars: Scalars
     count: Any
-    sums: FeatureSums | None = None
-    own_sums: FeatureSums | None = None
+    sums: Any = None
+    own_sums: Any = None
 
 
 def _batch(problem: ContrastiveProblem, operands: ContrastiveOperands) -> _Batch:

@@ -231,8 +231,8 @@ def weights(call: PairCall, block: Block, row_terms: Terms, column_terms: Terms)
     results = _WeightResults(jax.ShapeDtypeStruct(shape, block.rows.dtype), sums, None if softmax else sums)
     name = "contrastive_weights" if softmax else "sigmoid_weights"
     inputs = _WeightInputs(block, *(Terms(x.factor, x.top) for x in (row_terms, column_terms)))
-    found, *sums = _run(_weights_kernel, name, call, block, inputs, results)
-    return found, WeightSums(*(None if x is None else x.sum() for x in sums))
+    found, similarity_sum, weight_sum = _run(_weights_kernel, name, call, block, inputs, results)
+    return found, WeightSums(similarity_sum.sum(), None if weight_sum is None else weight_sum.sum())
 
 
 def _counts(call: PairCall, block: Block) -> tuple[int, int]:
