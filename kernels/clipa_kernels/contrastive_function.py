@@ -67,7 +67,8 @@ def _loss(blocks: Blocks, problem: ContrastiveProblem, operands: ContrastiveOper
 class _Batch(NamedTuple):
     """The operands as both directions need them. `count`: pairs in the global batch, `weight` of mean 1 among them.
 
-    For label smoothing the `FeatureSums` `sums`, over all pairs of the global batch, and `own_sums`, over this device's.
+    For label smoothing there are the `FeatureSums` `sums`, over all pairs of the global batch, and `own_sums`, over
+    this device's.
     """
 
     image: Side
@@ -88,11 +89,10 @@ def _batch(problem: ContrastiveProblem, operands: ContrastiveOperands) -> _Batch
         # Where a sum of weights overflows, that of these does not, unless XLA takes the factor out of it.
         small = jax.lax.optimization_barrier(weight * 2.0**-64)
         sums = is_pair.sum(dtype=dtype), weight.sum(), small.sum()
-        count, *totals = exchange.summed(sums, problem.axis_names)
-        means = [
-            x * (count / jnp.where(total == 0, 1, total)) for x, total in zip((weight, small), totals, strict=True)
-        ]
-        weight = jnp.where(totals[0] < jnp.inf, *means)
+        count, total, small_total = exchange.summed(sums, problem.axis_names)
+        whole = weight * (count / jnp.where(total == 0, 1, total))
+        scaled = small * (count / jnp.where(small_total == 0, 1, small_total))
+        weight = jnp.where(total < jnp.inf, whole, scaled)
         # What stands in rows that are no pairs may be anything, NaN included.
         sides = [[x if x is None else jnp.where(is_pair[:, None], x, 0) for x in pair] for pair in sides]
     image, text = (Side(features, teacher, weight) for features, teacher in zip(*sides, strict=True))
