@@ -39,7 +39,8 @@ from bench.gpu_static import HEAD_DIMS, LENGTHS
 from bench.gpu_timing import Contender, Row, attention_bytes, copy_bandwidth, measure, plot, row, write
 
 IMPLEMENTATIONS = ("gpu", "cudnn", "xla")
-KINDS = ("softmax", "sigmoid")
+LOSSES: dict[str, Callable] = {"softmax": contrastive_loss, "sigmoid": sigmoid_loss}
+DESCRIBE: dict[str, Callable] = {"softmax": describe_contrastive_loss, "sigmoid": describe_sigmoid_loss}
 STEPS = {"17+8": (64, 8), "50+16": (112, 16), "197+32": (224, 32)}
 """Image tokens (class token counted) + text tokens: picture side in pixels, text length"""
 
@@ -96,11 +97,9 @@ def loss(implementation: str, dry: bool, kind: str, image: Any, text: Any, scale
     """A loss by one implementation; `bias` is the sigmoid loss's alone."""
     scalars = (scale, bias) if kind == "sigmoid" else (scale,)
     if dry and implementation == "gpu":
-        describe: Callable = describe_sigmoid_loss if kind == "sigmoid" else describe_contrastive_loss
         operands = ContrastiveOperands(image, text, *scalars)
-        return gpu_contrastive.loss(describe(image, text, *scalars), operands, interpret=True)[0]
-    function: Callable = sigmoid_loss if kind == "sigmoid" else contrastive_loss
-    return function(image, text, *scalars, implementation=implementation)
+        return gpu_contrastive.loss(DESCRIBE[kind](image, text, *scalars), operands, interpret=True)[0]
+    return LOSSES[kind](image, text, *scalars, implementation=implementation)
 
 
 def random_rows(seed: int, count: int, rows: int, width: int) -> list[jax.Array]:
@@ -129,7 +128,7 @@ def check_numerics(scale: Scale) -> None:
                 if not ours <= allowed:
                     what = ("output", "d_query", "d_key", "d_value")[i]
                     sys.exit(f"gpu: wrong {what} at length {length}, head_dim {head_dim}: {ours:.2e} > {allowed:.2e}")
-    for kind in KINDS:
+    for kind in LOSSES:
         check_loss(scale, kind)
     print("numerics: within twice (gradients three times) XLA's error against float64", flush=True)
 
@@ -203,7 +202,7 @@ def plain_loss(kind: str, image: Any, text: Any, scale: Any, bias: Any) -> jax.A
 def loss_rows(scale: Scale) -> Iterator[Row]:
     """Value and gradients of both losses: ours, the package's "xla", and as one writes it."""
     limit = None if scale.dry else jax.devices()[0].memory_stats()["bytes_limit"]
-    for kind in KINDS:
+    for kind in LOSSES:
         for batch in scale.batches:
             inputs = [pairs(seed, batch, scale.features) for seed in range(2)]
             functions: dict[str, Callable] = {name: partial(loss, name, scale.dry, kind) for name in ("gpu", "xla")}
