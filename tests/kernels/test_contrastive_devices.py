@@ -99,9 +99,16 @@ def test_gradient_inside_of_shard_map(kind, exchange, check_vma):
 
 
 @needs_devices
-@pytest.mark.parametrize("varying", ["image", "text", "both"])
-@pytest.mark.parametrize("exchange", ["all_gather", "ring"])
-@pytest.mark.parametrize("kind", sorted(LOSSES))
+@pytest.mark.parametrize(
+    ("kind", "exchange", "varying"),
+    [
+        ("contrastive", "all_gather", "image"),
+        ("contrastive", "ring", "text"),
+        ("contrastive", "ring", "both"),
+        ("sigmoid", "all_gather", "both"),
+        ("sigmoid", "ring", "image"),
+    ],
+)
 def test_features_that_vary_along_another_axis(kind, exchange, varying):
     """Each of two models has its loss over "data"; what they share gets the sum of both gradients."""
     operands, *_ = problem(kind)

@@ -148,11 +148,11 @@ def nearly_alike(kind, dtype, options):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
-    [("contrastive", name) for name in ("none", "smoothing", "weights", "teacher")]
-    + [("sigmoid", name) for name in ("none", "smoothing", "weights")],
+    ("dtype", "kind", "options"),
+    [(jnp.bfloat16, "contrastive", name) for name in ("none", "smoothing", "weights", "teacher")]
+    + [(jnp.bfloat16, "sigmoid", name) for name in ("none", "smoothing", "weights")]
+    + [(jnp.float16, "contrastive", "none")],
 )
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_the_scale_has_a_float32_gradient_where_weights_cancel(monkeypatch, dtype, kind, options):
     """Rounding the weights to the features' dtype would leave nothing right of what remains of them."""
     monkeypatch.setattr(contrastive_xla, "CHUNK", 1 << 13)
