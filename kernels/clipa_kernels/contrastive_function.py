@@ -145,24 +145,25 @@ def _backward(blocks: Blocks, problem: ContrastiveProblem, residuals, cotangents
     if problem.axis_names and not exchange.tracks_replication(problem.axis_names):
         # Each device then holds its own copy of the loss, and a part of the cotangent.
         cotangent = exchange.summed(cotangent, problem.axis_names)
-    d_image, d_text, sums = _feature_gradients(blocks, problem, batch, pairs, all_text)
-    image, text = (side.features.astype(d_image.dtype) for side in (batch.image, batch.text))
-    d_image += pairs.own_weight[:, None] * text
-    d_text += pairs.own_weight[:, None] * image
-    similarity = (image * text).sum(1)
-    own_sums = terms.weight_sums(problem, (pairs.own_weight * similarity).sum(), pairs.own_weight.sum())
-    sums = jax.tree.map(jnp.add, sums, own_sums)
-    if batch.sums is not None:
-        weight = _weight(batch)[:, None]
-        is_pair = weight > 0
-        factor = terms.spread_factor(problem, batch.count)
-        d_image -= factor / 2 * (weight * batch.sums.text + is_pair * batch.sums.weighted_text)
-        d_text -= factor / 2 * (weight * batch.sums.image + is_pair * batch.sums.weighted_image)
-        sums = jax.tree.map(jnp.add, sums, _spread(problem, batch))
+    image, text = (side.features.astype(batch.scalars.scale.dtype) for side in (batch.image, batch.text))
     factor = cotangent / _divisor(batch)
+
+    def finished(gradient, of_image):
+        gradient += pairs.own_weight[:, None] * (text if of_image else image)
+        if batch.sums is not None:
+            weight, sums = _weight(batch)[:, None], batch.sums
+            plain, weighted = (sums.text, sums.weighted_text) if of_image else (sums.image, sums.weighted_image)
+            spread = weight * plain + (weight > 0) * weighted
+            gradient -= terms.spread_factor(problem, batch.count) / 2 * spread
+        return (factor * batch.scalars.scale * gradient).astype(problem.dtype)
+
+    d_image, d_text, sums = _feature_gradients(blocks, problem, batch, pairs, all_text, finished)
+    own_similarity = (pairs.own_weight * (image * text).sum(1)).sum()
+    sums = jax.tree.map(jnp.add, sums, terms.weight_sums(problem, own_similarity, pairs.own_weight.sum()))
+    if batch.sums is not None:
+        sums = jax.tree.map(jnp.add, sums, _spread(problem, batch))
     d_scale = (factor * sums.similarity).astype(operands.logit_scale.dtype)
     d_bias = None if operands.logit_bias is None else (factor * sums.weight).astype(operands.logit_bias.dtype)
-    d_image, d_text = ((factor * batch.scalars.scale * x).astype(problem.dtype) for x in (d_image, d_text))
     constants = jax.tree.map(jnp.zeros_like, tuple(operands[4:]))
     return (ContrastiveOperands(d_image, d_text, d_scale, d_bias, *constants),)
 
@@ -170,11 +171,14 @@ def _backward(blocks: Blocks, problem: ContrastiveProblem, residuals, cotangents
 _loss.defvjp(_forward, _backward)
 
 
-def _feature_gradients(blocks: Blocks, problem: ContrastiveProblem, batch: _Batch, pairs: Pairs, all_text: Any):
-    """Sums of d loss / d logit over all other pairs: times texts, for image, times images, for text; `WeightSums`."""
+def _feature_gradients(
+    blocks: Blocks, problem: ContrastiveProblem, batch: _Batch, pairs: Pairs, all_text: Any, finished: Callable
+):
+    """Of image and text, from sums over all other pairs by `finished`(sums, whether of images); and `WeightSums`."""
     image, text = batch.image._replace(terms=pairs.row_terms), batch.text._replace(terms=pairs.column_terms)
     if not problem.axis_names and blocks.gradients is not None:
-        return blocks.gradients(problem, batch.scalars, image, text, jnp.int32(0))
+        d_image, d_text, sums = blocks.gradients(problem, batch.scalars, image, text, jnp.int32(0))
+        return finished(d_image, True), finished(d_text, False), sums
 
     def of_rows(rows, columns, wants_sums):
         start = None, None
@@ -194,8 +198,10 @@ def _feature_gradients(blocks: Blocks, problem: ContrastiveProblem, batch: _Batc
 
     all_text = (text if all_text is None else all_text)._replace(terms=exchange.gathered(problem, text.terms))
     d_image, sums = of_rows(image, all_text, True)
+    # Before the other pass begins, so that the float32 sums of both are never there together.
+    d_image, text = jax.lax.optimization_barrier((finished(d_image, True), text))
     d_text, _ = of_rows(text, exchange.gathered(problem, image), False)
-    return d_image, d_text, sums
+    return d_image, finished(d_text, False), sums
 
 
 def _divisor(batch: _Batch) -> Any:
