@@ -30,13 +30,17 @@ import jax.numpy as jnp
 import numpy as np
 from clipa_kernels import contrastive_loss, flat_attention, reference, sigmoid_loss, supports
 from clipa_kernels.attention_problem import AttentionOperands, describe_flat_attention
+from clipa_kernels.contrastive_problem import ContrastiveOperands, describe_contrastive_loss, describe_sigmoid_loss
 from clipa_kernels.dispatch import Implementation
 from clipa_kernels.gpu import attention as gpu_attention
+from clipa_kernels.gpu import contrastive as gpu_contrastive
 
 from bench.gpu_static import HEAD_DIMS, LENGTHS
 from bench.gpu_timing import Contender, Row, attention_bytes, copy_bandwidth, measure, plot, row, write
 
 IMPLEMENTATIONS = ("gpu", "cudnn", "xla")
+LOSSES: dict[str, Callable] = {"softmax": contrastive_loss, "sigmoid": sigmoid_loss}
+DESCRIBE: dict[str, Callable] = {"softmax": describe_contrastive_loss, "sigmoid": describe_sigmoid_loss}
 STEPS = {"17+8": (64, 8), "50+16": (112, 16), "197+32": (224, 32)}
 """Image tokens (class token counted) + text tokens: picture side in pixels, text length"""
 
@@ -89,6 +93,15 @@ def with_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def loss(implementation: str, dry: bool, kind: str, image: Any, text: Any, scale: Any, bias: Any) -> jax.Array:
+    """A loss by one implementation; `bias` is the sigmoid loss's alone."""
+    scalars = (scale, bias) if kind == "sigmoid" else (scale,)
+    if dry and implementation == "gpu":
+        operands = ContrastiveOperands(image, text, *scalars)
+        return gpu_contrastive.loss(DESCRIBE[kind](image, text, *scalars), operands, interpret=True)[0]
+    return LOSSES[kind](image, text, *scalars, implementation=implementation)
+
+
 def random_rows(seed: int, count: int, rows: int, width: int) -> list[jax.Array]:
     """Normal bfloat16 [rows, width], made where they are needed."""
     keys = jax.random.split(jax.random.key(seed), count)
@@ -115,7 +128,29 @@ def check_numerics(scale: Scale) -> None:
                 if not ours <= allowed:
                     what = ("output", "d_query", "d_key", "d_value")[i]
                     sys.exit(f"gpu: wrong {what} at length {length}, head_dim {head_dim}: {ours:.2e} > {allowed:.2e}")
+    for kind in LOSSES:
+        check_loss(scale, kind)
     print("numerics: within twice (gradients three times) XLA's error against float64", flush=True)
+
+
+def check_loss(scale: Scale, kind: str) -> None:
+    """Like `check_numerics`, a loss and its gradients."""
+    operands = pairs(0, min(scale.batches), scale.features)
+    used = len(operands) if kind == "sigmoid" else len(operands) - 1
+    name = "sigmoid" if kind == "sigmoid" else "contrastive"
+    exact = [getattr(reference, f"{name}_loss")(*operands[:used])]
+    exact += list(getattr(reference, f"{name}_loss_grad")(*operands[:used]).values())
+
+    def errors(implementation: str) -> list[float]:
+        function = jax.value_and_grad(partial(loss, implementation, scale.dry, kind), tuple(range(used)))
+        got = jax.tree.leaves(jax.jit(function)(*operands))
+        return [float(np.abs(np.asarray(x, np.float64) - want).max()) for x, want in zip(got, exact, strict=True)]
+
+    names = "value", "d_image", "d_text", "d_scale", "d_bias"
+    for i, (ours, theirs) in enumerate(zip(errors("gpu"), errors("xla"), strict=True)):
+        allowed = (3 if i else 2) * theirs + 1e-6 * max(1.0, float(np.abs(exact[i]).max()))
+        if not ours <= allowed:
+            sys.exit(f"gpu: wrong {names[i]} of the {kind} loss: {ours:.2e} > {allowed:.2e}")
 
 
 def compiled(lowered: dict[Any, Any]) -> dict[Any, Any]:
@@ -148,6 +183,13 @@ def attention_rows(scale: Scale, bandwidth: float) -> Iterator[Row]:
                 yield from (row(c, "attention", mode, about, bound) for c in contenders)
 
 
+def pairs(seed: int, batch: int, features: int) -> tuple[jax.Array, ...]:
+    """Random operands of the losses: images, texts, scale and bias."""
+    rows = [x.astype(jnp.float32) for x in random_rows(seed, 2, batch, features)]
+    unit = [(x / jnp.linalg.norm(x, axis=1, keepdims=True)).astype(jnp.bfloat16) for x in rows]
+    return *unit, jnp.float32(20.0), jnp.float32(-10.0)
+
+
 def plain_loss(kind: str, image: Any, text: Any, scale: Any, bias: Any) -> jax.Array:
     """As one writes it, differentiated by jax."""
     logits = scale * jnp.dot(image, text.T, preferred_element_type=jnp.float32)
@@ -160,22 +202,10 @@ def plain_loss(kind: str, image: Any, text: Any, scale: Any, bias: Any) -> jax.A
 def loss_rows(scale: Scale) -> Iterator[Row]:
     """Value and gradients of both losses: ours, the package's "xla", and as one writes it."""
     limit = None if scale.dry else jax.devices()[0].memory_stats()["bytes_limit"]
-    for kind in ("softmax", "sigmoid"):
+    for kind in LOSSES:
         for batch in scale.batches:
-            inputs = []
-            for seed in range(2):
-                features = [x.astype(jnp.float32) for x in random_rows(seed, 2, batch, scale.features)]
-                unit = [(x / jnp.linalg.norm(x, axis=1, keepdims=True)).astype(jnp.bfloat16) for x in features]
-                inputs.append((*unit, jnp.float32(20.0), jnp.float32(-10.0)))
-
-            def ours(implementation: str, image: Any, text: Any, scale: Any, bias: Any, kind=kind) -> jax.Array:
-                if kind == "sigmoid":
-                    return sigmoid_loss(image, text, scale, bias, implementation=implementation)
-                return contrastive_loss(image, text, scale, implementation=implementation)
-
-            functions: dict[str, Callable] = {
-                name: partial(ours, name) for name in ("gpu", "xla") if not (scale.dry and name == "gpu")
-            }
+            inputs = [pairs(seed, batch, scale.features) for seed in range(2)]
+            functions: dict[str, Callable] = {name: partial(loss, name, scale.dry, kind) for name in ("gpu", "xla")}
             functions["plain"] = partial(plain_loss, kind)
             gradients = {name: jax.jit(jax.value_and_grad(f, (0, 1, 2, 3))) for name, f in functions.items()}
             programs = compiled({name: f.lower(*inputs[0]) for name, f in gradients.items()})

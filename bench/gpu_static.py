@@ -1,4 +1,4 @@
-"""Compiles the attention kernels for an H200 on a machine without one: registers, shared memory, spills. Runs nothing.
+"""Compiles our kernels for an H200 on a machine without one: registers, shared memory, spills. Runs nothing.
 
     python -m bench gpu_static --device ../shared/spec/gpu_h200.txtpb
 
@@ -28,6 +28,9 @@ from typing import Any
 
 LENGTHS = (8, 16, 17, 26, 32, 37, 50, 65, 77, 101, 138, 154, 180, 197, 257, 346, 577)
 HEAD_DIMS = (64, 80, 88, 104)
+FEATURES = (512, 768, 1024, 1280)
+PAIRS = 4096
+"""Of the losses, whose kernels are the same for any batch that is larger than a tile"""
 DEVICE = Path(__file__).resolve().parents[2] / "shared" / "spec" / "gpu_h200.txtpb"
 TARGET = "sm_90a"
 REGISTERS, SHARED_BYTES, THREADS = 65536, 233472, 2048  # of one multiprocessor
@@ -133,14 +136,47 @@ def attention_kernels(compiler: Compiler, length: int, head_dim: int, dtype: str
     return compiler.kernels(both, x, x, x, x)
 
 
+def loss_kernels(compiler: Compiler, kind: str, features: int, dtype: str) -> list[Kernel]:
+    """Of the value and the gradients of a loss."""
+    import jax
+    import jax.numpy as jnp
+    from clipa_kernels import contrastive_loss, sigmoid_loss
+
+    def loss(*operands):
+        return (contrastive_loss if kind == "contrastive" else sigmoid_loss)(*operands, implementation="gpu")
+
+    rows, scalar = (jax.ShapeDtypeStruct(s, d) for s, d in (((PAIRS, features), jnp.dtype(dtype)), ((), jnp.float32)))
+    operands = rows, rows, *[scalar] * (1 if kind == "contrastive" else 2)
+    found = compiler.kernels(jax.value_and_grad(loss, tuple(range(len(operands)))), *operands)
+    return [kernel for kernel in found if kernel.name.startswith(kind)]
+
+
+def report(about: dict[str, Any], kernels: list[Kernel], seconds: float, prefix: str) -> list[dict[str, Any]]:
+    """Prints and returns a row for each kernel."""
+    for k in kernels:
+        name = k.name.removeprefix(prefix)
+        cells = *about.values(), name, k.registers, k.shared_bytes // 1024, k.programs, k.spilled_bytes
+        print("| " + " | ".join(map(str, cells)) + f" | {seconds:.1f} |", flush=True)
+    return [about | asdict(k) for k in kernels]
+
+
+def head(*names: str) -> None:
+    """Prints that of a table."""
+    print(f"| {' | '.join(names)} | kernel | registers | shared KB | programs | spilled bytes | compile s |")
+    print("|---" * (len(names) + 6) + "|")
+
+
 def main(argv: list[str]) -> None:
     """Prints one line per kernel, and whether any spills."""
     parser = argparse.ArgumentParser(
         prog="python -m bench gpu_static", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", type=Path, default=DEVICE)
-    parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
+    parser.add_argument("--lengths", nargs="*", type=int, default=list(LENGTHS), help="none: no attention")
     parser.add_argument("--head-dims", nargs="+", type=int, default=list(HEAD_DIMS))
+    parser.add_argument(
+        "--features", nargs="*", type=int, default=list(FEATURES), help="of the losses; none: no losses"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--json", type=Path, help="write the rows there")
     arguments = parser.parse_args(argv)
@@ -149,20 +185,23 @@ def main(argv: list[str]) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     compiler = Compiler(arguments.device)
     print(f"compiled for {TARGET}, {arguments.dtype}, not run")
-    print("| S | H | kernel | registers | shared KB | programs | spilled bytes | compile s |")
-    print("|---" * 8 + "|")
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if arguments.lengths:
+        head("S", "H")
     for length in arguments.lengths:
         for head_dim in arguments.head_dims:
             start = time.perf_counter()
             kernels = attention_kernels(compiler, length, head_dim, arguments.dtype)
-            seconds = time.perf_counter() - start
-            for k in kernels:
-                name = k.name.removeprefix("attention_")
-                cells = length, head_dim, name, k.registers, k.shared_bytes // 1024, k.programs, k.spilled_bytes
-                print("| " + " | ".join(map(str, cells)) + f" | {seconds:.1f} |", flush=True)
-                rows.append({"length": length, "head_dim": head_dim, "dtype": arguments.dtype, **asdict(k)})
-    spilled = sorted({(row["length"], row["head_dim"]) for row in rows if row["spilled_bytes"]})
-    print(f"{len(rows)} kernels; spills at (S, H): {spilled or 'none'}")
+            about = {"length": length, "head_dim": head_dim}
+            rows += report(about, kernels, time.perf_counter() - start, "attention_")
+    if arguments.features:
+        head("loss of", "D")
+    for kind in ("contrastive", "sigmoid") if arguments.features else ():
+        for features in arguments.features:
+            start = time.perf_counter()
+            kernels = loss_kernels(compiler, kind, features, arguments.dtype)
+            rows += report({"pairs": PAIRS, "features": features}, kernels, time.perf_counter() - start, "")
+    spilled = [", ".join(f"{k} {row[k]}" for k in (*list(row)[:2], "name")) for row in rows if row["spilled_bytes"]]
+    print(f"{len(rows)} kernels; spills: {'; '.join(spilled) or 'none'}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        arguments.json.write_text(json.dumps([row | {"dtype": arguments.dtype} for row in rows], indent=1) + "\n")

@@ -83,11 +83,20 @@ def broadcastable(name: str, shape: tuple[int, ...], full: tuple[int, ...]) -> t
 
 
 def scalar(name: str, x: Any) -> None:
-    """One real number: a Python number, or a float array of shape []."""
+    """One real number: a finite Python or NumPy number, or a float array of shape []."""
     if isinstance(x, Real) and not isinstance(x, bool):
+        if not abs(_float(x)) <= float(jnp.finfo(jnp.float32).max):
+            raise ValueError(f"{name} must be a finite float32 number, or a float array of shape []; got {x!r}")
         return
     shape, dtype = shape_and_dtype(name, x)
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"{name} must be a number or a float array of shape []; got {dtype.name} of shape {list(shape)}"
         )
+
+
+def _float(x: Real) -> float:
+    try:
+        return float(x)
+    except OverflowError:
+        return math.inf

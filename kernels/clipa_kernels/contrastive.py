@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import jax
@@ -62,18 +63,19 @@ def contrastive_loss(
     gradients come out times the number of devices, and `jax.lax.pmean` of the parameters' gradients (`logit_scale`
     included, of which each device gets a part) is the dense gradient.
 
-    With bfloat16 or float16 features the weights of the gradients' products are rounded to that dtype. Where all logits
-    of a batch are nearly alike those weights cancel, and what is left of them in the gradients, that to `logit_scale`
-    above all, is that rounding. Float32 features do not have this.
+    With bfloat16 or float16 features the weights of the products that make the features' gradients are rounded to that
+    dtype. Where all logits of a batch are nearly alike those weights cancel, and what is left of them is that rounding.
+    Float32 features do not have this, nor have the gradients of the scalars, which are summed in float32.
 
     Args:
       image: [b, D], normalized rows of this device; float32, bfloat16, float16 or float64.
       text: like image; row i belongs to image i.
-      logit_scale: multiplier of the similarities, exp(t) for a learned t; a number or a float array [].
+      logit_scale: multiplier of the similarities, exp(t) for a learned t; a finite number or a float array [].
       label_smoothing: e from 0 to below 1: the right answer has probability 1 - e + e / B, every other e / B.
       weights: of each pair, numbers or booleans [b]. The mean over pairs becomes a weighted mean. A pair whose weight
         is not above 0 is none: it is no wrong answer to others either, and its features may be anything. With no pair
-        at all the loss is 0. Taken as constants.
+        at all the loss is 0. Only the ratios of weights matter, however large they are; one that is NaN or infinite
+        makes the loss NaN. Taken as constants.
       teacher_image: [b, T], normalized features of another model, to distill it as open_clip's DistillClipLoss does:
         the cross-entropies of both softmaxes of s against those of teacher_scale * teacher_image_i . teacher_text_j
         are added to the loss. Any float dtype. Taken as constants, as all of the teacher.
@@ -88,7 +90,8 @@ def contrastive_loss(
         passes what a host has gathered on to the next.
       mesh: the `jax.sharding.Mesh` to spread the batch over, for calls outside of a shard_map.
       return_accuracy: also return the in-batch accuracy.
-      implementation: None for the best that can serve the call on the default backend, else "xla", "tpu" or "gpu".
+      implementation: None for the best that can serve the call on the devices of `mesh`, else on the default backend;
+        else "xla", "tpu" or "gpu".
 
     Returns:
       The loss, float32 [] (float64 for float64 features). Differentiable in reverse mode in image, text and
@@ -118,7 +121,7 @@ def contrastive_loss(
     chosen, _ = choose("contrastive_loss", IMPLEMENTATIONS, problem, implementation)
     if teacher_image is None:
         teacher = {}
-    operands = _operands(image=image, text=text, logit_scale=logit_scale, weights=weights, **teacher)
+    operands = _operands(problem, image=image, text=text, logit_scale=logit_scale, weights=weights, **teacher)
     return _run(chosen, problem, operands, axis_name, mesh, return_accuracy)
 
 
@@ -145,7 +148,7 @@ def sigmoid_loss(
     Args:
       image: [b, D], normalized rows of this device; float32, bfloat16, float16 or float64.
       text: like image; row i belongs to image i.
-      logit_scale: multiplier of the similarities, exp(t) for a learned t; a number or a float array [].
+      logit_scale: multiplier of the similarities, exp(t) for a learned t; a finite number or a float array [].
       logit_bias: added to every logit; a number or a float array [].
       label_smoothing: e from 0 to below 1, as in binary cross-entropy: labels are 1 - e / 2 and e / 2.
       weights: of each pair, numbers or booleans [b], see `contrastive_loss`: the loss of image i with text j counts
@@ -155,7 +158,8 @@ def sigmoid_loss(
       exchange: "all_gather", "ring", or a tuple of these for each axis, see `contrastive_loss`.
       mesh: the `jax.sharding.Mesh` to spread the batch over, for calls outside of a shard_map.
       return_accuracy: also return the in-batch accuracy.
-      implementation: None for the best that can serve the call on the default backend, else "xla", "tpu" or "gpu".
+      implementation: None for the best that can serve the call on the devices of `mesh`, else on the default backend;
+        else "xla", "tpu" or "gpu".
 
     Returns:
       The loss, float32 [] (float64 for float64 features). Differentiable in reverse mode in the first four arguments.
@@ -179,18 +183,19 @@ def sigmoid_loss(
         return_accuracy=return_accuracy,
     )
     chosen, _ = choose("sigmoid_loss", IMPLEMENTATIONS, problem, implementation)
-    operands = _operands(image=image, text=text, logit_scale=logit_scale, logit_bias=logit_bias, weights=weights)
+    scalars = {"logit_scale": logit_scale, "logit_bias": logit_bias}
+    operands = _operands(problem, image=image, text=text, **scalars, weights=weights)
     return _run(chosen, problem, operands, axis_name, mesh, return_accuracy)
 
 
-def _operands(**arrays: Any) -> ContrastiveOperands:
-    given: dict[str, Any] = {name: None if x is None else _array(x) for name, x in arrays.items()}
+def _operands(problem: ContrastiveProblem, **arrays: Any) -> ContrastiveOperands:
+    def array(x):
+        if isinstance(x, Real):  # an int would become an integer array, which has no gradient, and a Fraction none
+            return jnp.asarray(float(x), jnp.promote_types(problem.dtype, jnp.float32))
+        return jnp.asarray(x)
+
+    given: dict[str, Any] = {name: None if x is None else array(x) for name, x in arrays.items()}
     return ContrastiveOperands(**given)
-
-
-def _array(x: Any) -> jax.Array:
-    """A Python int would be an integer array, which has no gradient."""
-    return jnp.asarray(x, jnp.float32) if isinstance(x, (int, float)) else jnp.asarray(x)
 
 
 def _run(

@@ -50,7 +50,7 @@ def around(problem: ContrastiveProblem, columns: Any, state: State, work: Callab
         coming = passed_on(problem, columns)  # nothing of this step waits for it
         return (coming, work(columns, jnp.where(turn == 0, own, NOWHERE), state)), None
 
-    start = varying((columns, state), problem.axis_names)
+    start = alike((columns, state), problem.axis_names)
     (columns, state), _ = lax.scan(step, start, jnp.arange(devices - 1))
     return work(columns, jnp.full_like(own, NOWHERE), state)
 
@@ -87,26 +87,21 @@ def tracks_replication(axis_names: tuple[Any, ...]) -> bool:
     return bool(_varying_axes(lax.axis_index(axis_names)))
 
 
-def varying(tree: Any, axis_names: tuple[Any, ...]) -> Any:
-    """Values that may differ along the axes; the transposition sums what that replicated."""
-    if not axis_names or not tracks_replication(axis_names):
-        return tree
+def alike(tree: Any, axis_names: tuple[Any, ...]) -> Any:
+    """The same values, all of which may differ along `axis_names` and wherever any of them does.
+
+    The transposition sums over the devices of the axes that a value is made to differ along: a gradient of what comes
+    out is this device's part, and jax makes the whole of it.
+    """
+    axes = frozenset().union(*map(_varying_axes, jax.tree.leaves(tree)))
+    if axis_names and tracks_replication(axis_names):
+        axes |= frozenset(axis_names)
 
     def one(x):
-        missing = tuple(name for name in axis_names if name not in _varying_axes(x))
+        missing = tuple(axes - _varying_axes(x))
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(one, tree)
-
-
-def cotangent_like(problem: ContrastiveProblem, part: jax.Array, primal: jax.Array) -> jax.Array:
-    """This device's part of a scalar's gradient, as the scalar's own cotangent.
-
-    A scalar that jax knows to be replicated wants the sum over devices; for any other, jax sums later.
-    """
-    if problem.axis_names and tracks_replication(problem.axis_names):
-        part = lax.psum(part, tuple(name for name in problem.axis_names if name not in _varying_axes(primal)))
-    return part.astype(primal.dtype)
 
 
 def _varying_axes(x: Any) -> frozenset[Any]:

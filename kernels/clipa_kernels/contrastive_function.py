@@ -2,9 +2,11 @@
 
 Gradients are written by hand, so that they are those of the dense loss of the global batch on every device, whatever
 jax tracks about replication. With weights_ij = d loss / d logit_ij they are
-d_image = scale * weights @ text, d_text = scale * weights^T @ image, d_scale = sum(weights * similarity), the last of
-which is the sum of d_image * image / scale. Every device makes the gradients of its own rows and of its own columns
-from tiles of its own, so that no gradient has to travel.
+d_image = scale * weights @ text, d_text = scale * weights^T @ image, d_scale = sum(weights * similarity). Every device
+makes the gradients of its own rows and of its own columns from tiles of its own, so that no gradient has to travel.
+
+Where all logits are nearly alike, positive and negative weights cancel in the sums without features. Those are made of
+weights in float32, before they are rounded to the features' dtype for the matrix products.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import jax.numpy as jnp
 from clipa_kernels import contrastive_exchange as exchange
 from clipa_kernels import contrastive_terms as terms
 from clipa_kernels.contrastive_problem import ContrastiveOperands, ContrastiveProblem
-from clipa_kernels.contrastive_terms import FeatureSums, Pairs, Scalars, Side, Statistics
+from clipa_kernels.contrastive_terms import FeatureSums, Pairs, Scalars, Side, Statistics, WeightSums
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,15 @@ class Blocks:
 
     Attributes:
       statistics: (problem, scalars, rows, columns, own) -> statistics of rows and of columns.
-      gradient: (problem, scalars, rows, columns, own, initial) -> `initial` (or None for zeros) + weights @ columns'
-        features, float32 [rows, D], and for sigmoid the sum of all weights. Own weights count as zeros.
-      gradients: None, or (problem, scalars, rows, columns, own) -> both sides' gradients, and the sum of weights,
-        from one pass over the block.
+      gradient: (problem, scalars, rows, columns, own, initial, wants_sums) -> `initial` (or None for zeros) + weights @
+        columns' features, float32 [rows, D], and the `WeightSums` where they are wanted. Own weights count as zeros.
+      gradients: None, or (problem, scalars, rows, columns, own) -> both sides' gradients, and the `WeightSums`, from
+        one pass over the block.
     """
 
     statistics: Callable[..., tuple[Statistics, Statistics]]
-    gradient: Callable[..., tuple[jax.Array, jax.Array | None]]
-    gradients: Callable[..., tuple[jax.Array, jax.Array, jax.Array | None]] | None = None
+    gradient: Callable[..., tuple[jax.Array, WeightSums | None]]
+    gradients: Callable[..., tuple[jax.Array, jax.Array, WeightSums]] | None = None
 
 
 class InBatchAccuracy(NamedTuple):
@@ -53,8 +55,7 @@ def loss(blocks: Blocks, problem: ContrastiveProblem, operands: ContrastiveOpera
     """The loss of the global batch and the `InBatchAccuracy`."""
     if operands.weights is not None:  # booleans and integers have no cotangent that could be a float
         operands = operands._replace(weights=operands.weights.astype(jnp.promote_types(problem.dtype, jnp.float32)))
-    per_pair = {name: getattr(operands, name) for name in ("image", "text", "weights", "teacher_image", "teacher_text")}
-    operands = operands._replace(**exchange.varying(per_pair, problem.axis_names))
+    operands = exchange.alike(operands, problem.axis_names)
     return _loss(blocks, problem, ContrastiveOperands(*operands[:4], *jax.lax.stop_gradient(operands[4:])))
 
 
@@ -64,13 +65,18 @@ def _loss(blocks: Blocks, problem: ContrastiveProblem, operands: ContrastiveOper
 
 
 class _Batch(NamedTuple):
-    """The operands as both directions need them. `count`: pairs in the global batch, `weight` of mean 1 among them."""
+    """The operands as both directions need them. `count`: pairs in the global batch, `weight` of mean 1 among them.
+
+    For label smoothing there are the `FeatureSums` `sums`, over all pairs of the global batch, and `own_sums`, over
+    this device's.
+    """
 
     image: Side
     text: Side
     scalars: Scalars
     count: Any
-    sums: FeatureSums | None
+    sums: Any = None
+    own_sums: Any = None
 
 
 def _batch(problem: ContrastiveProblem, operands: ContrastiveOperands) -> _Batch:
@@ -79,20 +85,25 @@ def _batch(problem: ContrastiveProblem, operands: ContrastiveOperands) -> _Batch
     weight, count = operands.weights, problem.batch * exchange.device_count(problem)
     if weight is not None:
         is_pair = weight > 0
-        weight = jnp.where(is_pair, weight, 0).astype(dtype)
-        count, total = exchange.summed((is_pair.sum(dtype=dtype), weight.sum()), problem.axis_names)
-        weight *= count / jnp.where(total > 0, total, 1)
+        weight = jnp.where(weight <= 0, 0, weight).astype(dtype)  # NaN stays, so that it is seen
+        # Where a sum of weights overflows, that of these does not, unless XLA takes the factor out of it.
+        small = jax.lax.optimization_barrier(weight * 2.0**-64)
+        sums = is_pair.sum(dtype=dtype), weight.sum(), small.sum()
+        count, total, small_total = exchange.summed(sums, problem.axis_names)
+        whole = weight * (count / jnp.where(total == 0, 1, total))
+        scaled = small * (count / jnp.where(small_total == 0, 1, small_total))
+        weight = jnp.where(total < jnp.inf, whole, scaled)
         # What stands in rows that are no pairs may be anything, NaN included.
         sides = [[x if x is None else jnp.where(is_pair[:, None], x, 0) for x in pair] for pair in sides]
     image, text = (Side(features, teacher, weight) for features, teacher in zip(*sides, strict=True))
     used = operands.logit_bias, operands.teacher_scale, operands.teacher_weight
     scalars = Scalars(operands.logit_scale.astype(dtype), *(None if x is None else x.astype(dtype) for x in used))
-    sums = None
-    if problem.label_smoothing:
-        plain = [side.features.astype(dtype) for side in (image, text)]
-        weighted = plain if weight is None else [x * weight[:, None] for x in plain]
-        sums = exchange.summed(FeatureSums(*(x.sum(0) for x in (*plain, *weighted))), problem.axis_names)
-    return _Batch(image, text, scalars, count, sums)
+    if not problem.label_smoothing:
+        return _Batch(image, text, scalars, count)
+    plain = [side.features.astype(dtype) for side in (image, text)]
+    weighted = plain if weight is None else [x * weight[:, None] for x in plain]
+    own_sums = FeatureSums(*(x.sum(0) for x in (*plain, *weighted)))
+    return _Batch(image, text, scalars, count, exchange.summed(own_sums, problem.axis_names), own_sums)
 
 
 def _forward(blocks: Blocks, problem: ContrastiveProblem, operands: ContrastiveOperands):
@@ -102,9 +113,9 @@ def _forward(blocks: Blocks, problem: ContrastiveProblem, operands: ContrastiveO
     weight = _weight(batch)
     pairs = terms.pairs(problem, batch.scalars, *rows_and_columns, weight)
     sums = (pairs.loss.sum(), (weight * pairs.row_first).sum(), (weight * pairs.column_first).sum())
-    total, *right = exchange.summed(sums, problem.axis_names)
     if batch.sums is not None:
-        total += terms.spread_out(problem, batch.scalars, batch.sums, batch.count)[0]
+        sums = (sums[0] + terms.spread_loss(batch.scalars, _spread(problem, batch)), *sums[1:])
+    total, *right = exchange.summed(sums, problem.axis_names)
     accuracy = InBatchAccuracy(*(x.astype(jnp.float32) / jnp.float32(_divisor(batch)) for x in right))
     return (total / _divisor(batch), accuracy), (operands, batch, pairs, columns if problem.gather_axes else None)
 
@@ -134,24 +145,25 @@ def _backward(blocks: Blocks, problem: ContrastiveProblem, residuals, cotangents
     if problem.axis_names and not exchange.tracks_replication(problem.axis_names):
         # Each device then holds its own copy of the loss, and a part of the cotangent.
         cotangent = exchange.summed(cotangent, problem.axis_names)
-    d_image, d_text, weight_sum = _feature_gradients(blocks, problem, batch, pairs, all_text)
-    image, text = (side.features.astype(d_image.dtype) for side in (batch.image, batch.text))
-    d_image += pairs.own_weight[:, None] * text
-    d_text += pairs.own_weight[:, None] * image
-    weight_sum = pairs.own_weight.sum() + (0 if weight_sum is None else weight_sum)
-    if batch.sums is not None:
-        factor = terms.spread_out(problem, batch.scalars, batch.sums, batch.count)[1]
-        weight = _weight(batch)[:, None]
-        is_pair = weight > 0
-        d_image -= factor / 2 * (weight * batch.sums.text + is_pair * batch.sums.weighted_text)
-        d_text -= factor / 2 * (weight * batch.sums.image + is_pair * batch.sums.weighted_image)
-        weight_sum -= factor * batch.count * weight.sum()
+    image, text = (side.features.astype(batch.scalars.scale.dtype) for side in (batch.image, batch.text))
     factor = cotangent / _divisor(batch)
-    d_scale = exchange.cotangent_like(problem, factor * jnp.sum(d_image * image), operands.logit_scale)
-    d_bias = None
-    if operands.logit_bias is not None:
-        d_bias = exchange.cotangent_like(problem, factor * weight_sum, operands.logit_bias)
-    d_image, d_text = ((factor * batch.scalars.scale * x).astype(problem.dtype) for x in (d_image, d_text))
+
+    def finished(gradient, of_image):
+        gradient += pairs.own_weight[:, None] * (text if of_image else image)
+        if batch.sums is not None:
+            weight, sums = _weight(batch)[:, None], batch.sums
+            plain, weighted = (sums.text, sums.weighted_text) if of_image else (sums.image, sums.weighted_image)
+            spread = weight * plain + (weight > 0) * weighted
+            gradient -= terms.spread_factor(problem, batch.count) / 2 * spread
+        return (factor * batch.scalars.scale * gradient).astype(problem.dtype)
+
+    d_image, d_text, sums = _feature_gradients(blocks, problem, batch, pairs, all_text, finished)
+    own_similarity = (pairs.own_weight * (image * text).sum(1)).sum()
+    sums = jax.tree.map(jnp.add, sums, terms.weight_sums(problem, own_similarity, pairs.own_weight.sum()))
+    if batch.sums is not None:
+        sums = jax.tree.map(jnp.add, sums, _spread(problem, batch))
+    d_scale = (factor * sums.similarity).astype(operands.logit_scale.dtype)
+    d_bias = None if operands.logit_bias is None else (factor * sums.weight).astype(operands.logit_bias.dtype)
     constants = jax.tree.map(jnp.zeros_like, tuple(operands[4:]))
     return (ContrastiveOperands(d_image, d_text, d_scale, d_bias, *constants),)
 
@@ -159,34 +171,47 @@ def _backward(blocks: Blocks, problem: ContrastiveProblem, residuals, cotangents
 _loss.defvjp(_forward, _backward)
 
 
-def _feature_gradients(blocks: Blocks, problem: ContrastiveProblem, batch: _Batch, pairs: Pairs, all_text: Any):
-    """Sums over all other pairs of d loss / d logit times features: for image, for text; and without features."""
+def _feature_gradients(
+    blocks: Blocks, problem: ContrastiveProblem, batch: _Batch, pairs: Pairs, all_text: Any, finished: Callable
+):
+    """Of image and text, from sums over all other pairs by `finished`(sums, whether of images); and `WeightSums`."""
     image, text = batch.image._replace(terms=pairs.row_terms), batch.text._replace(terms=pairs.column_terms)
     if not problem.axis_names and blocks.gradients is not None:
-        return blocks.gradients(problem, batch.scalars, image, text, jnp.int32(0))
+        d_image, d_text, sums = blocks.gradients(problem, batch.scalars, image, text, jnp.int32(0))
+        return finished(d_image, True), finished(d_text, False), sums
 
-    def of_rows(rows, columns):
+    def of_rows(rows, columns, wants_sums):
         start = None, None
         if problem.ring_axes:
             zero = jnp.zeros((), batch.scalars.scale.dtype)
-            start = jnp.zeros(rows.features.shape, zero.dtype), zero if problem.kind == "sigmoid" else None
+            start = (
+                jnp.zeros(rows.features.shape, zero.dtype),
+                terms.weight_sums(problem, zero, zero) if wants_sums else None,
+            )
 
         def work(columns, own, state):
-            features, total = state
-            features, more = blocks.gradient(problem, batch.scalars, rows, columns, own, features)
-            return features, more if total is None else total + more
+            features, sums = state
+            features, more = blocks.gradient(problem, batch.scalars, rows, columns, own, features, wants_sums)
+            return features, more if sums is None else jax.tree.map(jnp.add, sums, more)
 
         return exchange.around(problem, columns, start, work)
 
     all_text = (text if all_text is None else all_text)._replace(terms=exchange.gathered(problem, text.terms))
-    d_image, weight_sum = of_rows(image, all_text)
-    d_text, _ = of_rows(text, exchange.gathered(problem, image))
-    return d_image, d_text, weight_sum
+    d_image, sums = of_rows(image, all_text, True)
+    # Before the other pass begins, so that the float32 sums of both are never there together.
+    d_image, text = jax.lax.optimization_barrier((finished(d_image, True), text))
+    d_text, _ = of_rows(text, exchange.gathered(problem, image), False)
+    return d_image, finished(d_text, False), sums
 
 
 def _divisor(batch: _Batch) -> Any:
     """What turns sums over pairs into means; of no pair at all the loss is 0."""
     return jnp.maximum(batch.count, 1)
+
+
+def _spread(problem: ContrastiveProblem, batch: _Batch) -> WeightSums:
+    """What label smoothing adds to the sums over this device's rows."""
+    return terms.spread_out(problem, batch.sums, batch.own_sums, batch.count, _weight(batch).sum())
 
 
 def _weight(batch: _Batch) -> jax.Array:

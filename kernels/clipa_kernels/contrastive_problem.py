@@ -23,7 +23,8 @@ class ContrastiveProblem:
 
     `kind`: "softmax" (InfoNCE) or "sigmoid" (SigLIP). `batch`: rows of one device. `axis_names`: mesh axes the global
     batch is spread over, major first; empty on one device. `exchanges`: for each of them "all_gather" or "ring".
-    `teacher_features`: width of the teacher's features, None without a teacher.
+    `teacher_features`: width of the teacher's features, None without a teacher. `device`: what the devices of a mesh
+    that was given are, a `jax.sharding.AbstractDevice`; None where none was given or where it does not tell.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class ContrastiveProblem:
     teacher_features: int | None = None
     teacher_dtype: np.dtype | None = None
     return_accuracy: bool = False
+    device: Any = None
 
     @property
     def gather_axes(self) -> tuple[Any, ...]:
@@ -109,7 +111,7 @@ def describe_sigmoid_loss(
 def batch_axes(axis_name: Any, mesh: Any) -> tuple[Any, ...]:
     """The mesh axes that the batch is spread over, major first: those named, or all of a mesh that was given."""
     names = axis_name if isinstance(axis_name, tuple) else () if axis_name is None else (axis_name,)
-    if isinstance(axis_name, list) or None in names or len(set(names)) != len(names):
+    if None in names or not _all_different(names):
         raise ValueError(f"axis_name must be None, one mesh axis name or a tuple of different ones; got {axis_name!r}")
     if mesh is None:
         return names
@@ -120,6 +122,13 @@ def batch_axes(axis_name: Any, mesh: Any) -> tuple[Any, ...]:
             f"axis_name must name axes of mesh, {', '.join(map(repr, mesh.axis_names))}; got {unknown[0]!r}"
         )
     return names or tuple(mesh.axis_names)
+
+
+def _all_different(names: tuple[Any, ...]) -> bool:
+    try:
+        return len(set(names)) == len(names)
+    except TypeError:  # a list among them, which no axis can be named
+        return False
 
 
 def _describe(
@@ -153,8 +162,9 @@ def _describe(
                 f"got {weights_dtype.name} of shape {list(weights_shape)}"
             )
     names = batch_axes(axis_name, mesh)
-    batch = shape[0]
+    batch, device = shape[0], None
     if mesh is not None:
+        device = (mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh).abstract_device
         devices = math.prod(mesh.shape[name] for name in names)
         if batch % devices:
             raise ValueError(f"image must have a multiple of {devices} rows, the devices of mesh; got {batch}")
@@ -170,14 +180,15 @@ def _describe(
         weights is not None,
         teacher_features,
         teacher_dtype,
+        device=device,
     )
 
 
 def _exchanges(exchange: Any, names: tuple[Any, ...]) -> tuple[str, ...]:
     """For each axis how rows get to other devices."""
-    if exchange in EXCHANGES:
+    if isinstance(exchange, str) and exchange in EXCHANGES:
         return (exchange,) * len(names)
-    if not isinstance(exchange, tuple) or not set(exchange) <= set(EXCHANGES):
+    if not isinstance(exchange, tuple) or not all(isinstance(x, str) and x in EXCHANGES for x in exchange):
         raise ValueError(f"exchange must be 'all_gather', 'ring' or a tuple of these; got {exchange!r}")
     if len(exchange) != len(names):
         raise ValueError(f"exchange must be one word, or one for each of the {len(names)} axes; got {exchange!r}")

@@ -189,16 +189,44 @@ class FeatureSums(NamedTuple):
     weighted_text: jax.Array
 
 
-def spread_out(
-    problem: ContrastiveProblem, scalars: Scalars, sums: FeatureSums, count: jax.Array
-) -> tuple[jax.Array, Any]:
-    """What label smoothing spreads over all logits: its part of the summed loss, and the factor of each logit.
+class WeightSums(NamedTuple):
+    """Sums of d loss / d logit over pairs: `similarity` times the similarity, and plain `weight`, for sigmoid only.
+
+    The gradients of logit_scale and of logit_bias.
+    """
+
+    similarity: jax.Array
+    weight: Any = None
+
+
+def weight_sums(problem: ContrastiveProblem, similarity: jax.Array, weight: jax.Array) -> WeightSums:
+    """Of both, what the loss has a use for."""
+    return WeightSums(similarity, weight if problem.kind == "sigmoid" else None)
+
+
+def spread_factor(problem: ContrastiveProblem, count: Any) -> Any:
+    """What label smoothing takes off the gradient of each logit, times the mean weight of its row and column.
 
     Softmax: smoothing / N in each row and column. Sigmoid: half of smoothing, as in binary cross-entropy.
     """
-    factor = problem.label_smoothing / (jnp.maximum(count, 1) if problem.kind == "softmax" else 2)
+    return problem.label_smoothing / (jnp.maximum(count, 1) if problem.kind == "softmax" else 2)
+
+
+def spread_out(
+    problem: ContrastiveProblem, sums: FeatureSums, own_sums: FeatureSums, count: Any, own_weight: jax.Array
+) -> WeightSums:
+    """What label smoothing spreads over all logits, of some rows against all columns.
+
+    `sums` are over all pairs, `count` of them; `own_sums` and `own_weight`, the sum of weights, over those of the rows.
+    Whole where the rows of all devices are summed: where a row's weights differ, it gives what its columns should.
+    """
+    factor = spread_factor(problem, count)
     exact = partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
-    total = scalars.scale * (exact(sums.weighted_image, sums.text) + exact(sums.image, sums.weighted_text)) / 2
-    if scalars.bias is not None:
-        total += scalars.bias * count * count
-    return -factor * total, factor
+    similarity = (exact(own_sums.weighted_image, sums.text) + exact(own_sums.image, sums.weighted_text)) / 2
+    return weight_sums(problem, -factor * similarity, -factor * count * own_weight)
+
+
+def spread_loss(scalars: Scalars, spread: WeightSums) -> jax.Array:
+    """The part of the loss, times N, that is spread over all logits: it is linear in them."""
+    total = scalars.scale * spread.similarity
+    return total if scalars.bias is None else total + scalars.bias * spread.weight

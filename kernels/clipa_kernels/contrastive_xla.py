@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from clipa_kernels import contrastive_function
+from clipa_kernels.contrastive_panels import over_rows, products
 from clipa_kernels.contrastive_problem import ContrastiveOperands, ContrastiveProblem
-from clipa_kernels.contrastive_terms import LOWEST, Scalars, Side, Statistics, merged, nothing
+from clipa_kernels.contrastive_terms import LOWEST, Scalars, Side, Statistics, WeightSums, merged, nothing, weight_sums
 
 CHUNK = 1 << 22
 """Logits made at once."""
@@ -30,86 +29,66 @@ def statistics(problem: ContrastiveProblem, scalars: Scalars, rows: Side, column
         return merged(problem, so_far, of_columns), of_rows
 
     start = nothing(problem, columns.features.shape[0], scalars.scale.dtype, of_rows=False)
-    of_columns, of_rows = _by_chunks(rows, columns, start, work)
+    of_columns, of_rows = over_rows(rows, _chunk(rows, columns), start, work)
     return of_rows, of_columns
 
 
-def gradient(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array, initial: Any):
+def gradient(
+    problem: ContrastiveProblem,
+    scalars: Scalars,
+    rows: Side,
+    columns: Side,
+    own: jax.Array,
+    initial: Any,
+    wants_sums: bool,
+):
     """See `contrastive_function.Blocks`."""
 
-    def work(part, first, total):
-        weights = _weights(problem, scalars, part, columns, own + first)
-        gradient = _products(weights.astype(problem.dtype), columns.features, "ij,jd->id")
-        return (None if total is None else total + weights.sum()), gradient
+    def work(part, first, sums):
+        weights, more = _weights(problem, scalars, part, columns, own + first)
+        gradient = products(weights.astype(problem.dtype), columns.features, "ij,jd->id")
+        return (jax.tree.map(jnp.add, sums, more) if wants_sums else None), gradient
 
-    zero = jnp.zeros((), scalars.scale.dtype) if problem.kind == "sigmoid" else None
-    total, gradient = _by_chunks(rows, columns, zero, work)
-    return gradient if initial is None else initial + gradient, total
+    zero = jnp.zeros((), scalars.scale.dtype)
+    start = weight_sums(problem, zero, zero) if wants_sums else None
+    sums, gradient = over_rows(rows, _chunk(rows, columns), start, work)
+    return gradient if initial is None else initial + gradient, sums
 
 
 def gradients(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array):
     """See `contrastive_function.Blocks`."""
 
     def work(part, first, state):
-        of_columns, total = state
-        weights = _weights(problem, scalars, part, columns, own + first)
+        of_columns, sums = state
+        weights, more = _weights(problem, scalars, part, columns, own + first)
         small = weights.astype(problem.dtype)
-        of_columns += _products(small, part.features, "ij,id->jd")
-        of_rows = _products(small, columns.features, "ij,jd->id")
-        return (of_columns, None if total is None else total + weights.sum()), of_rows
+        of_columns += products(small, part.features, "ij,id->jd")
+        of_rows = products(small, columns.features, "ij,jd->id")
+        return (of_columns, jax.tree.map(jnp.add, sums, more)), of_rows
 
-    zero = jnp.zeros((), scalars.scale.dtype) if problem.kind == "sigmoid" else None
-    (of_columns, total), of_rows = _by_chunks(
-        rows, columns, (jnp.zeros(columns.features.shape, scalars.scale.dtype), zero), work
-    )
-    return of_rows, of_columns, total
+    zero = jnp.zeros((), scalars.scale.dtype)
+    start = jnp.zeros(columns.features.shape, zero.dtype), weight_sums(problem, zero, zero)
+    (of_columns, sums), of_rows = over_rows(rows, _chunk(rows, columns), start, work)
+    return of_rows, of_columns, sums
 
 
 BLOCKS = contrastive_function.Blocks(statistics, gradient, gradients)
 
 
-def _by_chunks(rows: Side, columns: Side, state: Any, work: Callable[[Side, Any, Any], tuple[Any, Any]]):
-    """work(some rows, the first one's index, state) -> (state, results for these rows), over all rows in turn."""
+def _chunk(rows: Side, columns: Side) -> int:
+    """How many rows at a time: as many as make no more logits than allowed, and chunks of one size, but the last."""
     count = rows.features.shape[0]
-    size = max(1, CHUNK // columns.features.shape[0])
-    if size >= count:
-        return work(rows, 0, state)
-    size = -(-count // -(-count // size))  # chunks of one size, but the last
-    whole = count // size
-
-    def step(state, index):
-        part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, index * size, size), rows)
-        return work(part, index * size, state)
-
-    like = jax.eval_shape(lambda: step(state, 0)[0])
-    state = jax.tree.map(
-        lambda x, y: lax.pcast(x, tuple(jax.typeof(y).mat.varying - jax.typeof(x).mat.varying), to="varying"),
-        state,
-        like,
-    )
-    state, results = lax.scan(step, state, jnp.arange(whole))
-    results = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
-    if whole * size == count:
-        return state, results
-    rest = jax.tree.map(lambda x: x[whole * size :], rows)
-    state, more = work(rest, whole * size, state)
-    return state, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), results, more)
+    most = max(1, CHUNK // columns.features.shape[0])
+    return -(-count // -(-count // most))
 
 
-def _products(a: jax.Array, b: jax.Array, subscripts: str = "id,jd->ij") -> jax.Array:
-    # Left alone, accelerators multiply float32 in less.
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=wide)
-
-
-def _logits(scalars: Scalars, rows: Side, columns: Side) -> jax.Array:
-    logits = scalars.scale * _products(rows.features, columns.features)
+def _logits(scalars: Scalars, similarity: jax.Array) -> jax.Array:
+    logits = scalars.scale * similarity
     return logits if scalars.bias is None else logits + scalars.bias
 
 
 def _teacher_logits(scalars: Scalars, rows: Side, columns: Side) -> jax.Array:
-    return scalars.teacher_scale * _products(rows.teacher, columns.teacher).astype(scalars.scale.dtype)
+    return scalars.teacher_scale * products(rows.teacher, columns.teacher).astype(scalars.scale.dtype)
 
 
 def _is_own(rows: Side, columns: Side, own: jax.Array) -> jax.Array:
@@ -133,7 +112,7 @@ def _peaks(logits: jax.Array, moment_of: jax.Array | None = None):
 
 def _chunk_statistics(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array):
     is_own = _is_own(rows, columns, own)
-    logits = _logits(scalars, rows, columns)
+    logits = _logits(scalars, products(rows.features, columns.features))
     others = jnp.where(is_own, -jnp.inf, _among_pairs(logits, rows, columns))
 
     def own_of(x):
@@ -160,10 +139,13 @@ def _factors(rows: Side, columns: Side) -> Any:
     return 1 if rows.weight is None else rows.weight[:, None] / 2 + columns.weight / 2
 
 
-def _weights(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array) -> jax.Array:
-    """N * d loss / d logits of a block, 0 for own logits."""
+def _weights(
+    problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array
+) -> tuple[jax.Array, WeightSums]:
+    """N * d loss / d logits of a block, 0 for own logits; and their sums."""
     row_terms, column_terms = rows.terms, columns.terms
-    logits = _among_pairs(_logits(scalars, rows, columns), rows, columns)
+    similarity = products(rows.features, columns.features)
+    logits = _among_pairs(_logits(scalars, similarity), rows, columns)
 
     def softmaxes(logits, tops, factors):
         by_row = jnp.exp(logits - tops[0][:, None]) * factors[0][:, None]
@@ -177,4 +159,5 @@ def _weights(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns:
         logits = _among_pairs(_teacher_logits(scalars, rows, columns), rows, columns)
         tops = row_terms.teacher_top, column_terms.teacher_top
         weights -= softmaxes(logits, tops, (row_terms.teacher_factor, column_terms.teacher_factor))
-    return jnp.where(_is_own(rows, columns, own), 0, weights)
+    weights = jnp.where(_is_own(rows, columns, own), 0, weights)
+    return weights, weight_sums(problem, (weights * similarity).sum(), weights.sum())

@@ -104,13 +104,14 @@ def default_implementation(**names: str | None) -> Generator[None]:
         _defaults.reset(token)
 
 
-def target_platform() -> tuple[str, str]:
+def target_platform(device: Any = None) -> tuple[str, str]:
     """The platform that is traced for, "tpu", "gpu" or "cpu", and what says so.
 
-    Under a mesh (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`, `jax.shard_map`) it is that of the mesh's devices,
-    so that a program compiled for a TPU on a machine without one takes what it would take there; else jax's default.
+    That of `device`, the `jax.sharding.AbstractDevice` of a mesh that a call was given, where it was. Under a mesh
+    (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`, `jax.shard_map`) it is that of the mesh's devices, so that a
+    program compiled for a TPU on a machine without one takes what it would take there; else jax's default.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
+    device = device or jax.sharding.get_abstract_mesh().abstract_device
     if device is not None and device.platform is not None:
         return device.platform, "the mesh's devices are"
     return jax.default_backend(), "jax's default backend is"
@@ -131,7 +132,7 @@ def choose(
     """The implementation to run and the explanation.
 
     Without a request: the first that is made for the target platform, supports the problem and is preferred for it. A
-    request is taken whatever the platform is.
+    request is taken whatever the platform is. Where a problem has a `device` that is not None, its platform counts.
 
     Raises:
       ValueError: `requested` is no known name.
@@ -150,7 +151,7 @@ def choose(
             c.name: None if c is chosen else f"implementation={requested!r} was asked for" for c in implementations
         }
         return chosen, Explanation(function, chosen.name, reasons)
-    platform, said_by = target_platform()
+    platform, said_by = target_platform(getattr(problem, "device", None))
     chosen, reasons = None, {}
     for candidate in implementations:
         if chosen is not None:

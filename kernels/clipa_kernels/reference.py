@@ -167,8 +167,9 @@ def _pair_weights(weights, batch: int) -> tuple[Array, Array]:
     """Weights that sum to one, and which pairs there are."""
     weights = np.ones(batch) if weights is None else _f64(weights)
     is_pair = weights > 0
-    weights = np.where(is_pair, weights, 0.0)
-    return weights / max(weights.sum(), np.finfo(float).tiny), is_pair
+    weights = np.where(weights <= 0, 0.0, weights)
+    with np.errstate(invalid="ignore"):  # infinity over infinity is NaN, as it should be
+        return weights / max(weights.sum(), np.finfo(float).tiny), is_pair
 
 
 def _similarity(image, text, is_pair: Array) -> Array:

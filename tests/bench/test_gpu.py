@@ -69,17 +69,23 @@ def test_the_whole_script_runs_dry(tmp_path):
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     assert {"attention", "softmax loss", "sigmoid loss", "Ti/16 train step 17+8"} == {row["operation"] for row in rows}
+    ours = {row["operation"] for row in rows if row["implementation"] == "gpu"}
+    assert ours == {"attention", "softmax loss", "sigmoid loss"}
     assert (tmp_path / "gpu.png").is_file()
 
 
 def test_compiles_for_a_real_gpu_without_spills(tmp_path):
     if reason := gpu_static.missing():
         pytest.skip(reason)
-    result = bench("gpu_static", "--lengths", "17", "77", "--head-dims", "64", "104", "--json", str(tmp_path / "rows"))
+    sizes = "--lengths", "17", "77", "--head-dims", "64", "104", "--features", "768"
+    result = bench("gpu_static", *sizes, "--json", str(tmp_path / "rows"))
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "rows").read_text())
-    assert {(row["length"], row["head_dim"]) for row in rows} == {(17, 64), (17, 104), (77, 64), (77, 104)}
-    assert {row["name"] for row in rows} == {"attention_forward", "attention_backward"}
+    attention = [row for row in rows if "length" in row]
+    assert {(row["length"], row["head_dim"]) for row in attention} == {(17, 64), (17, 104), (77, 64), (77, 104)}
+    assert {row["name"] for row in attention} == {"attention_forward", "attention_backward"}
+    losses = {f"{kind}_{name}" for kind in ("contrastive", "sigmoid") for name in ("statistics", "weights")}
+    assert {row["name"] for row in rows if "pairs" in row} == losses
     assert all(row["spilled_bytes"] == 0 for row in rows)
 
 
@@ -87,7 +93,7 @@ def test_compiles_for_a_real_gpu_without_spills(tmp_path):
 def test_every_length_compiles_and_few_tokens_do_not_spill(tmp_path):
     if reason := gpu_static.missing():
         pytest.skip(reason)
-    result = bench("gpu_static", "--json", str(tmp_path / "rows"), timeout=3600)
+    result = bench("gpu_static", "--features", "--json", str(tmp_path / "rows"), timeout=3600)
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "rows").read_text())
     assert len({(row["length"], row["head_dim"]) for row in rows}) == len(gpu_static.LENGTHS) * len(

@@ -1,5 +1,8 @@
 """The contrastive losses on one device against the float64 reference, and their edge cases."""
 
+from decimal import Decimal
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,6 +103,18 @@ def test_python_numbers_and_numpy_arrays():
     assert float(sigmoid_loss(image, text, 10, -1)) == pytest.approx(reference.sigmoid_loss(image, text, 10, -1), 1e-5)
 
 
+@pytest.mark.parametrize("number", [Fraction(21, 2), np.int32(10), np.float64(10.5), np.float16(10.5), True])
+def test_any_real_number_is_a_scale_but_a_boolean(number):
+    if number is True:
+        with pytest.raises(ValueError, match="logit_scale must be a number or a float array of shape"):
+            contrastive_loss(X, X, number)
+        return
+    rng = np.random.default_rng(0)
+    image, text = jnp.asarray(unit_rows(rng, 2, 5, 8), jnp.float32)
+    assert float(contrastive_loss(image, text, number)) == float(contrastive_loss(image, text, float(number)))
+    assert float(sigmoid_loss(image, text, 3.0, number)) == float(sigmoid_loss(image, text, 3.0, float(number)))
+
+
 def test_checkpoint_and_vmap_change_nothing():
     image, text = jnp.asarray(unit_rows(np.random.default_rng(0), 2, 3, 5, 8), jnp.float32)
     gradient = jax.grad(lambda x, y: contrastive_loss(x, y, 10.0))
@@ -123,8 +138,17 @@ X = jnp.ones((4, 8))
         ({"logit_scale": jnp.ones(4)}, "logit_scale must be a number or a float array of shape"),
         ({"logit_scale": jnp.int32(4)}, "logit_scale must be a number or a float array of shape"),
         ({"logit_scale": None}, "logit_scale must be"),
+        ({"logit_scale": float("nan")}, "logit_scale must be a finite float32 number, .*; got nan"),
+        ({"logit_scale": np.float32("inf")}, "logit_scale must be a finite float32 number"),
+        ({"logit_scale": 10**400}, "logit_scale must be a finite float32 number"),
+        ({"logit_scale": 1j}, "logit_scale must be a number or a float array"),
+        ({"logit_scale": Decimal(10)}, "logit_scale must be an array of numbers"),
         ({"exchange": "gather"}, "exchange must be 'all_gather', 'ring' or a tuple of these; got 'gather'"),
+        ({"exchange": (["ring"],), "axis_name": "data"}, r"exchange must be 'all_gather', .*; got \(\['ring'\],\)"),
+        ({"exchange": np.array(["ring"]), "axis_name": "data"}, "exchange must be 'all_gather', 'ring' or a tuple"),
         ({"axis_name": ["data"]}, "axis_name must be"),
+        ({"axis_name": (["data"],)}, "axis_name must be"),
+        ({"axis_name": (("data", []),)}, "axis_name must be"),
         ({"axis_name": ("data", "data")}, "axis_name must be"),
         ({"implementation": "torch"}, "implementation must be None or one of"),
     ],

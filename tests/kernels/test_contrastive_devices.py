@@ -99,6 +99,90 @@ def test_gradient_inside_of_shard_map(kind, exchange, check_vma):
 
 
 @needs_devices
+@pytest.mark.parametrize(
+    ("kind", "exchange", "varying"),
+    [
+        ("contrastive", "all_gather", "image"),
+        ("contrastive", "ring", "text"),
+        ("contrastive", "ring", "both"),
+        ("sigmoid", "all_gather", "both"),
+        ("sigmoid", "ring", "image"),
+    ],
+)
+def test_features_that_vary_along_another_axis(kind, exchange, varying):
+    """Each of two models has its loss over "data"; what they share gets the sum of both gradients."""
+    operands, *_ = problem(kind)
+    weights = options_of("all", kind)["weights"]
+    models = jnp.asarray(1 + 0.3 * np.random.default_rng(9).standard_normal((2, FEATURES)), jnp.float32)
+    scaled = [varying in (name, "both") for name in ("image", "text")]
+    two_axes = jax.make_mesh((2, 4), ("model", "data"), axis_types=(AxisType.Auto,) * 2)
+
+    def losses(*operands):
+        def per_device(models, weights, *operands):
+            rows = [x * models[0] if yes else x for x, yes in zip(operands[:2], scaled, strict=True)]
+            how = {"axis_name": "data", "exchange": exchange, "label_smoothing": 0.1, "weights": weights}
+            return LOSSES[kind](*rows, *operands[2:], **how)[None]
+
+        in_specs = P("model"), P("data"), *specs(kind, "data")
+        return jax.shard_map(per_device, mesh=two_axes, in_specs=in_specs, out_specs=P("model"))(
+            models, weights, *operands
+        )
+
+    def total(*operands):
+        values = losses(*operands)
+        return values.sum(), values
+
+    argnums = tuple(range(len(operands)))
+    gradients, values = jax.jit(jax.grad(total, argnums, has_aux=True))(*operands)
+    exact = [0.0] * len(operands)
+    for model, value in zip(np.asarray(models), values, strict=True):
+        factors = [model if yes else np.ones(FEATURES) for yes in scaled] + [1.0, 1.0]
+        rows = [np.asarray(x) * factor for x, factor in zip(operands[:2], factors, strict=False)]
+        call = {"label_smoothing": 0.1, "weights": weights}
+        np.testing.assert_allclose(value, getattr(reference, f"{kind}_loss")(*rows, *operands[2:], **call), rtol=1e-5)
+        found = getattr(reference, f"{kind}_loss_grad")(*rows, *operands[2:], **call).values()
+        exact = [x + factor * y for x, factor, y in zip(exact, factors, found, strict=False)]
+    check(0.0, gradients, 0.0, exact)
+
+
+@needs_devices
+def test_each_device_alone_in_a_shard_map():
+    """Without `axis_name` a device's rows are its whole batch, and a scale that all have gets all gradients."""
+    operands, *_ = problem("contrastive")
+    mapped = jax.shard_map(
+        lambda *x: contrastive_loss(*x)[None],
+        mesh=mesh_of("data"),
+        in_specs=specs("contrastive", "data"),
+        out_specs=P("data"),
+    )
+    gradients = jax.jit(jax.grad(lambda *x: mapped(*x).sum(), (0, 1, 2)))(*operands)
+    parts = [[x[i * ROWS : (i + 1) * ROWS] for x in operands[:2]] for i in range(DEVICES)]
+    exact = [reference.contrastive_loss_grad(*part, operands[2]) for part in parts]
+    expected = [np.concatenate([x[name] for x in exact]) for name in ("image", "text")]
+    check(0.0, gradients, 0.0, [*expected, sum(x["logit_scale"] for x in exact)])
+
+
+@needs_devices
+@pytest.mark.parametrize("exchange", ["all_gather", "ring"])
+@pytest.mark.parametrize("kind", sorted(LOSSES))
+def test_scalars_that_vary_along_the_axis(kind, exchange):
+    """Equal on all devices, but each has its own: the loss is one all the same, and each has a part of the gradient."""
+    operands, *_ = problem(kind)
+    options = {"axis_name": "data", "exchange": exchange, "label_smoothing": 0.1}
+
+    def loss(image, text, *scalars):
+        return LOSSES[kind](image, text, *(x[0] for x in scalars), **options)
+
+    mapped = jax.shard_map(loss, mesh=mesh_of("data"), in_specs=P("data"), out_specs=P())
+    scalars = [jnp.full(DEVICES, x) for x in operands[2:]]
+    argnums = tuple(range(len(operands)))
+    value, gradients = jax.jit(jax.value_and_grad(mapped, argnums))(*operands[:2], *scalars)
+    exact = getattr(reference, f"{kind}_loss_grad")(*operands, label_smoothing=0.1)
+    gradients = [*gradients[:2], *(x.sum() for x in gradients[2:])]
+    check(value, gradients, getattr(reference, f"{kind}_loss")(*operands, label_smoothing=0.1), exact.values())
+
+
+@needs_devices
 @pytest.mark.parametrize("exchange", ["all_gather", "ring"])
 def test_towers_get_the_gradient_of_one_device(exchange):
     """Parameters replicated, inputs sharded, as a trainer has it; gradient taken inside."""

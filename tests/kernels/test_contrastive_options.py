@@ -104,12 +104,65 @@ def test_without_any_pair_the_loss_is_zero(kind, smoothing):
         np.testing.assert_array_equal(x, 0)
 
 
+@pytest.mark.parametrize("kind", sorted(LOSSES))
+@pytest.mark.parametrize("factor", [1e-30, 1e38, 3.4e38])
+def test_only_the_ratios_of_weights_matter(kind, factor):
+    """Not their size, though the sum of these is no float32."""
+    operands, _ = random_call(0, kind, 6, 8, jnp.float32, 10.0, 0.0, None, False)
+    ratios = np.array([1, 0.5, 0, 0.25, 1, -1], np.float32)
+    run = jax.jit(jax.value_and_grad(lambda weights, *x: LOSSES[kind](*x, weights=weights), (1, 2, 3)))
+    for got, want in zip(*(jax.tree.leaves(run(w, *operands)) for w in (ratios * factor, ratios)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", sorted(LOSSES))
+@pytest.mark.parametrize("weight", [np.nan, np.inf])
+def test_a_weight_that_is_no_number_is_seen(kind, weight):
+    """In the loss, as in the reference; it is not taken for padding."""
+    operands, _ = random_call(0, kind, 4, 8, jnp.float32, 10.0, 0.0, None, False)
+    weights = np.array([1, weight, 0, 1], np.float32)
+    assert np.isnan(LOSSES[kind](*operands, weights=weights))
+    assert np.isnan(getattr(reference, f"{kind}_loss")(*operands, weights=weights))
+
+
 def test_teacher_and_weights_are_constants():
     operands, options = random_call(0, "contrastive", 6, 8, jnp.float32, 10.0, 0.1, "numbers", True)
     constants = {name: options.pop(name) for name in ("weights", "teacher_image", "teacher_scale")}
     gradients = jax.jit(jax.grad(lambda c: contrastive_loss(*operands, **options, **c)))(constants)
     for gradient in gradients.values():
         np.testing.assert_array_equal(np.asarray(gradient, np.float32), 0)
+
+
+def nearly_alike(kind, dtype, options):
+    """Operands whose similarities differ in their third digit, and the options of that name."""
+    rng = np.random.default_rng(0)
+    image, text = 0.004 * rng.standard_normal((2, 300, 64)) / 8 + unit_rows(rng, 64)
+    operands = [jnp.asarray(image, dtype), jnp.asarray(text, dtype), jnp.float32(20.0)]
+    operands += [jnp.float32(-10.0)] * (kind == "sigmoid")
+    return operands, {
+        "none": {},
+        "smoothing": {"label_smoothing": 0.1},
+        "weights": {"weights": rng.random(300).astype(np.float32)},
+        "teacher": {"teacher_image": image, "teacher_text": text[::-1], "teacher_scale": 30.0, "teacher_weight": 0.5},
+    }[options]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "options"),
+    [(jnp.bfloat16, "contrastive", name) for name in ("none", "smoothing", "weights", "teacher")]
+    + [(jnp.bfloat16, "sigmoid", name) for name in ("none", "smoothing", "weights")]
+    + [(jnp.float16, "contrastive", "none")],
+)
+def test_the_scale_has_a_float32_gradient_where_weights_cancel(monkeypatch, dtype, kind, options):
+    """Rounding the weights to the features' dtype would leave nothing right of what remains of them."""
+    monkeypatch.setattr(contrastive_xla, "CHUNK", 1 << 13)
+    operands, options = nearly_alike(kind, dtype, options)
+    scalars = tuple(range(2, len(operands)))
+    gradients = jax.jit(jax.grad(lambda *x: LOSSES[kind](*x, **options), scalars))(*operands)
+    exact = list(getattr(reference, f"{kind}_loss_grad")(*operands, **options).values())[2:]
+    for gradient, expected in zip(gradients, exact, strict=True):
+        # Three epsilons of the terms, whose sum is 1 or the gradient itself.
+        np.testing.assert_allclose(gradient, expected, rtol=4e-7, atol=4e-7)
 
 
 def test_a_nearly_right_batch_has_a_precise_loss():

@@ -16,7 +16,14 @@ from clipa_kernels import (
     supports,
 )
 from clipa_kernels.dispatch import SUPPORTED, Implementation, choose, unsupported
+from jax.sharding import AbstractMesh, AxisType
 
+try:
+    from jax.sharding import AbstractDevice
+except ImportError:  # jax 0.10
+    from jax._src.mesh import AbstractDevice
+
+KINDS = "v4", "v5 lite"
 X = jax.ShapeDtypeStruct((2, 5, 4, 8), jnp.bfloat16)
 R = jax.ShapeDtypeStruct((10, 32), jnp.bfloat16)
 
@@ -43,6 +50,28 @@ def test_explain_takes_arrays_shapes_and_tracers():
     rows = np.ones((4, 8), np.float32)
     # No mesh is needed to ask about a call that needs one.
     assert explain(contrastive_loss, rows, rows, 10.0, axis_name="data", exchange="ring").implementation == "xla"
+
+
+def abstract_mesh(kind, platform):
+    return AbstractMesh((8,), ("data",), axis_types=(AxisType.Auto,), abstract_device=AbstractDevice(kind, 1, platform))
+
+
+def test_a_mesh_that_is_given_decides_and_the_call_agrees():
+    """Whatever jax's default backend is: a program for a TPU's mesh is made for a TPU."""
+    rows, scale = jax.ShapeDtypeStruct((64, 16), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+    for mesh, chosen in ((abstract_mesh("TPU v6 lite", "tpu"), "tpu"), (abstract_mesh("cpu", "cpu"), "xla")):
+        explanation = explain(contrastive_loss, rows, rows, scale, mesh=mesh)
+        assert explanation.implementation == chosen
+        traced = jax.make_jaxpr(lambda *x, mesh=mesh: contrastive_loss(*x, mesh=mesh))(rows, rows, scale)
+        assert ("pallas_call" in str(traced)) == (chosen == "tpu")
+    assert explanation.reasons["tpu"] == "made for tpu, and the mesh's devices are cpu"
+
+
+def test_the_chip_of_a_mesh_decides_what_fits():
+    rows = jax.ShapeDtypeStruct((64, 8192), jnp.float32)
+    v4, v5e = (supports(contrastive_loss, "tpu", rows, rows, 1.0, mesh=abstract_mesh(f"TPU {x}", "tpu")) for x in KINDS)
+    assert v4.reason == "a tile with 8192 features does not fit in the VMEM of v4"
+    assert v5e
 
 
 def test_explicit_choice_is_explained_and_strict():

@@ -82,6 +82,21 @@ def test_losses(loss, dtype):
     assert text.count("__gpu$xla.gpu.triton") == 2
 
 
+@pytest.mark.parametrize("exchange", ["all_gather", "ring"])
+@pytest.mark.parametrize("loss", [contrastive_loss, sigmoid_loss])
+def test_losses_spread_over_a_mesh_of_gpus(loss, exchange):
+    """Taken unasked, as the mesh's devices say; the rows' gradient and the columns', each from its own tiles."""
+    spread = AbstractMesh((2, 4), ("host", "gpu"), axis_types=(AxisType.Auto,) * 2, abstract_device=H200)
+
+    def run(*operands):
+        return loss(*operands, mesh=spread, exchange=exchange, label_smoothing=0.1)
+
+    scalars = [array(dtype=jnp.float32)] * (1 if loss is contrastive_loss else 2)
+    traced = jax.jit(gradients(run, 2 + len(scalars))).trace(array(800, 96), array(800, 96), *scalars)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") >= 3
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_of_shard_map(check_vma):
     x = array(34, 128)

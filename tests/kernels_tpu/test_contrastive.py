@@ -108,6 +108,20 @@ def test_degenerate_features_at_the_largest_scale(features):
     assert_exact("contrastive", (*(jnp.asarray(x, F32) for x in (image, text)), jnp.float32(1000.0)), {})
 
 
+@pytest.mark.parametrize(("kind", "options"), [("contrastive", "all"), ("sigmoid", "none")])
+def test_the_scale_has_a_float32_gradient_where_weights_cancel(kind, options):
+    """To some epsilons of terms whose sum is 1, or that of all of one sign; rounded weights would leave no digit."""
+    rng = np.random.default_rng(0)
+    image, text = 0.004 * rng.standard_normal((2, 300, 64)) / 8 + unit_rows(rng, 64)
+    scalars = [jnp.float32(20.0), jnp.float32(-10.0)][: 1 + (kind == "sigmoid")]
+    operands, options = [jnp.asarray(image, BF16), jnp.asarray(text, BF16), *scalars], options_of(options, kind, 300)
+    loss = partial(LOSSES[kind], **options, implementation="tpu")
+    with interpreter():
+        gradients = jax.block_until_ready(jax.jit(jax.grad(loss, tuple(range(2, len(operands)))))(*operands))
+    exact = list(getattr(reference, f"{kind}_loss_grad")(*operands, **options).values())[2:]
+    np.testing.assert_allclose(gradients, exact, rtol=4e-7, atol=4e-7)
+
+
 def test_more_columns_than_vmem_holds_statistics_of(monkeypatch):
     monkeypatch.setattr(tpu_contrastive, "_columns_at_once", lambda chip: 128)
     assert_exact("contrastive", random_operands("contrastive", 300, 16, F32), options_of("all", "contrastive", 300))

@@ -1,27 +1,32 @@
 """The "gpu" implementation of the contrastive losses: tiles of logits in registers, panels of weights in memory.
 
-On one device. The forward makes the statistics of rows and columns, tile by tile. The backward computes the logits anew
-for a panel of images against all texts, stores d loss / d logits of that panel in the features' dtype, and leaves both
-products with the features to XLA: four matrix products of batch x batch x features in all, and memory for one panel.
+The forward makes the statistics of rows and columns, tile by tile. The backward computes the logits anew for a panel
+of rows against all columns, stores d loss / d logits of that panel in the features' dtype, and leaves the products with
+the features to XLA. On one device a panel serves both sides: four products of batch x batch x features in all.
 """
 
 from __future__ import annotations
 
-from functools import partial
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from clipa_kernels import contrastive_function
+from clipa_kernels.contrastive_function import Blocks
+from clipa_kernels.contrastive_panels import over_rows, products
 from clipa_kernels.contrastive_problem import ContrastiveOperands, ContrastiveProblem
+from clipa_kernels.contrastive_terms import Scalars, Side, merged, nothing, weight_sums
 from clipa_kernels.dispatch import SUPPORTED, Support, unsupported
-from clipa_kernels.gpu.contrastive_kernels import PairCall, Pairs, SoftmaxStatistics, statistics, weights
+from clipa_kernels.gpu import contrastive_kernels as kernels
 from clipa_kernels.gpu.devices import no_gpu_for
 from clipa_kernels.gpu.settings import pair_tiles, panel_rows
 from clipa_kernels.gpu.support import only_options
 
-SERVED = frozenset(["kind", "batch", "features", "dtype"])
+SERVED = frozenset(["kind", "batch", "features", "dtype", "axis_names", "exchanges", "device"]) | frozenset(
+    ["label_smoothing", "has_weights", "return_accuracy"]
+)
 KINDS = ("softmax", "sigmoid")
 
 
@@ -31,9 +36,9 @@ def supports(problem: ContrastiveProblem) -> Support:
         return unsupported(f"a loss of kind {problem.kind!r} is not served")
     if problem.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return unsupported(f"dtype must be bfloat16, float16 or float32; got {problem.dtype.name}")
-    if problem.axis_names:
-        return unsupported(f"only one device is served; axis_name is {problem.axis_names}")
-    return only_options(problem, SERVED | {"axis_names"})
+    if problem.teacher_features is not None:
+        return unsupported("distillation, teacher_image and teacher_text, is not served")
+    return only_options(problem, SERVED)
 
 
 def preferred(problem: ContrastiveProblem) -> Support:
@@ -42,81 +47,85 @@ def preferred(problem: ContrastiveProblem) -> Support:
     return unsupported(reason) if reason else SUPPORTED
 
 
-def loss(
-    problem: ContrastiveProblem, operands: ContrastiveOperands, *, interpret: bool = False
-) -> tuple[jax.Array, None]:
-    """The scalar loss, float32, and no accuracy."""
-    call = PairCall(problem.kind, pair_tiles(problem.dtype.itemsize), interpret)
-    bias = 0.0 if operands.logit_bias is None else operands.logit_bias
-    return _loss(call, operands.image, operands.text, operands.logit_scale, jnp.asarray(bias, jnp.float32)), None
+def loss(problem: ContrastiveProblem, operands: ContrastiveOperands, *, interpret: bool = False):
+    """The scalar loss of the global batch, and the `InBatchAccuracy`."""
+    return contrastive_function.loss(_blocks(interpret), problem, operands)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(call: PairCall, image: jax.Array, text: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    return _forward(call, image, text, scale, bias)[0]
+@functools.cache
+def _blocks(interpret: bool) -> Blocks:
+    ways = _statistics, _gradient, _gradients
+    return Blocks(*(functools.partial(way, interpret) for way in ways))
 
 
-def _forward(call: PairCall, image: jax.Array, text: jax.Array, scale: jax.Array, bias: jax.Array):
-    def panel(columns, inputs):
-        rows, more = statistics(call, Pairs(*inputs, text, _scalars(scale, bias)))
-        return _merged(columns, more), rows
-
-    batch = len(image)
-    no_columns = SoftmaxStatistics(jnp.full(batch, -jnp.inf), jnp.zeros(batch)) if call.kind == "softmax" else ()
-    columns, rows = _over_panels(panel, no_columns, (image, jnp.arange(batch)), batch)
-    if call.kind == "softmax":
-        own = scale.astype(jnp.float32) * jnp.einsum("bd,bd->b", image, text, preferred_element_type=jnp.float32)
-        total = sum(jnp.sum(jnp.log(x.total) + (x.top - own)) for x in (rows, columns)) / 2
-    else:
-        total = jnp.sum(rows)
-    return total / batch, (image, text, scale, bias, rows, columns)
+def _call(problem: ContrastiveProblem, interpret: bool) -> kernels.PairCall:
+    return kernels.PairCall(problem.kind, pair_tiles(problem.dtype.itemsize), interpret)
 
 
-def _backward(call: PairCall, residuals: Any, cotangent: jax.Array):
-    image, text, scale, bias, rows, columns = residuals
-    batch = len(image)
-
-    def panel(carry, inputs):
-        d_text, total = carry
-        *images, rows = inputs
-        w, sums = weights(call, Pairs(*images, text, _scalars(scale, bias)), rows, columns)
-        d_image = jnp.dot(w, text, preferred_element_type=jnp.float32)
-        d_text += lax.dot_general(w, images[0], (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        return (d_text, total + sums), d_image
-
-    start = jnp.zeros(text.shape, jnp.float32), jnp.float32(0)
-    (d_text, weight_sum), d_image = _over_panels(panel, start, (image, jnp.arange(batch), rows), batch)
-    factor = cotangent / batch
-    d_scale = factor * jnp.sum(d_image * image.astype(jnp.float32))
-    d_image, d_text = ((factor * scale.astype(jnp.float32) * x).astype(image.dtype) for x in (d_image, d_text))
-    return d_image, d_text, d_scale.astype(scale.dtype), (factor * weight_sum).astype(bias.dtype)
+def _block(scalars: Scalars, rows: Side, columns: Side, own: Any) -> kernels.Block:
+    bias = jnp.zeros((), jnp.float32) if scalars.bias is None else scalars.bias
+    both = jnp.stack([scalars.scale, bias])
+    own = jnp.reshape(jnp.asarray(own, jnp.int32), 1)
+    return kernels.Block(rows.features, columns.features, own, both, rows.weight, columns.weight)
 
 
-_loss.defvjp(_forward, _backward)
+def _statistics(
+    interpret: bool, problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array
+):
+    """See `contrastive_function.Blocks`."""
+
+    def work(part, first, so_far):
+        block = _block(scalars, part, columns, own + first)
+        of_rows, of_columns = kernels.statistics(_call(problem, interpret), block)
+        return merged(problem, so_far, of_columns), of_rows
+
+    count = columns.features.shape[0]
+    of_columns, of_rows = over_rows(
+        rows, panel_rows(count), nothing(problem, count, scalars.scale.dtype, of_rows=False), work
+    )
+    return of_rows, of_columns
 
 
-def _scalars(scale: jax.Array, bias: jax.Array) -> jax.Array:
-    return jnp.stack([scale.astype(jnp.float32), bias.astype(jnp.float32)])
+def _gradient(
+    interpret: bool,
+    problem: ContrastiveProblem,
+    scalars: Scalars,
+    rows: Side,
+    columns: Side,
+    own: jax.Array,
+    initial: Any,
+    wants_sums: bool,
+):
+    """See `contrastive_function.Blocks`."""
+
+    def work(part, first, sums):
+        weights, more = _weights(interpret, problem, scalars, part, columns, own + first)
+        sums = jax.tree.map(jnp.add, sums, more) if wants_sums else None
+        return sums, products(weights, columns.features, "ij,jd->id")
+
+    zero = jnp.zeros((), scalars.scale.dtype)
+    start = weight_sums(problem, zero, zero) if wants_sums else None
+    sums, gradient = over_rows(rows, panel_rows(columns.features.shape[0]), start, work)
+    return gradient if initial is None else initial + gradient, sums
 
 
-def _merged(one: Any, other: Any) -> Any:
-    """Statistics of the same columns over different rows; nothing for the sigmoid loss."""
-    if one == ():
-        return other
-    top = jnp.maximum(one.top, other.top)
-    return SoftmaxStatistics(top, one.total * jnp.exp(one.top - top) + other.total * jnp.exp(other.top - top))
+def _gradients(
+    interpret: bool, problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array
+):
+    """See `contrastive_function.Blocks`."""
+
+    def work(part, first, state):
+        of_columns, sums = state
+        weights, more = _weights(interpret, problem, scalars, part, columns, own + first)
+        of_columns += products(weights, part.features, "ij,id->jd")
+        return (of_columns, jax.tree.map(jnp.add, sums, more)), products(weights, columns.features, "ij,jd->id")
+
+    zero = jnp.zeros((), scalars.scale.dtype)
+    start = jnp.zeros(columns.features.shape, zero.dtype), weight_sums(problem, zero, zero)
+    (of_columns, sums), of_rows = over_rows(rows, panel_rows(columns.features.shape[0]), start, work)
+    return of_rows, of_columns, sums
 
 
-def _over_panels(panel: Any, carry: Any, rows: Any, columns: int) -> tuple[Any, Any]:
-    """carry, results = panel(carry, part of rows) for one part after the other; results joined again."""
-    length, size = len(jax.tree.leaves(rows)[0]), panel_rows(columns)
-    if length <= size:
-        return panel(carry, rows)
-    whole = length - length % size
-    split = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), rows)
-    carry, results = lax.scan(panel, carry, split)
-    results = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), results)
-    if length > whole:
-        carry, last = panel(carry, jax.tree.map(lambda x: x[whole:], rows))
-        results = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), results, last)
-    return carry, results
+def _weights(interpret: bool, problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: Any):
+    block = _block(scalars, rows, columns, own)
+    return kernels.weights(_call(problem, interpret), block, rows.terms, columns.terms)

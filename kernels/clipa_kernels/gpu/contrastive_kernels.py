@@ -1,7 +1,8 @@
 """The contrastive-loss kernels: a program works on one tile of the logits of all pairs, which are never stored.
 
 `statistics` leaves what the softmax (or the loss) needs of each row and column of a tile; `weights` turns a tile into
-d loss / d logits, in the features' dtype, for matrix products that follow.
+d loss / d logits, in the features' dtype, for matrix products that follow. Both leave out the logit of a pair, its
+*own*: the caller adds that term in full precision.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from clipa_kernels.contrastive_terms import LOWEST, Statistics, Terms, WeightSums
 from clipa_kernels.gpu import tile_math as tm
 from clipa_kernels.gpu.compat import ds, float32_product, kernel_call, load, program_id, store
 
@@ -32,23 +34,28 @@ class PairTiles:
     stages: int
 
 
-class Pairs(NamedTuple):
-    """Images [b, D] against texts [B, D].
+class Block(NamedTuple):
+    """Rows [b, D] against columns [B, D].
 
-    `own`: int32 [b], which text belongs to each image. `scalars`: float32 [2], logit_scale and logit_bias.
+    `own`: int32 [1], the column that row 0 is a pair with, and row r with `own` + r; anything outside for none.
+    `scalars`: float32 [2], logit_scale and logit_bias. `row_weight` [b] and `column_weight` [B]: float32 of each pair,
+    0 for what is none; None for ones.
     """
 
-    image: Any
+    rows: Any
+    columns: Any
     own: Any
-    text: Any
     scalars: Any
+    row_weight: Any = None
+    column_weight: Any = None
 
 
-class SoftmaxStatistics(NamedTuple):
-    """Of rows or columns of logits: the largest, and the sum of exp(logit - largest)."""
+class _Sums(NamedTuple):
+    """Of the rows or the columns of a tile: `contrastive_terms.Statistics` without a teacher's."""
 
     top: Any
     total: Any
+    own: Any
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,11 @@ class PairCall:
 class _Tile:
     """Which rows and columns a program works on, and their logits."""
 
-    def __init__(self, call: PairCall, pairs: Pairs):
-        self.call, self.pairs = call, pairs
+    def __init__(self, call: PairCall, block: Block):
+        self.call, self.block = call, block
         self.row_tiles, self.column_tiles = (
-            -(-ref.shape[0] // size) for ref, size in ((pairs.image, call.tiles.rows), (pairs.text, call.tiles.columns))
+            -(-ref.shape[0] // size)
+            for ref, size in ((block.rows, call.tiles.rows), (block.columns, call.tiles.columns))
         )
         number = program_id(0)
         per_group = GROUP * self.column_tiles
@@ -75,19 +83,22 @@ class _Tile:
         self.row_tile, self.column_tile = group * GROUP + lax.rem(within, size), lax.div(within, size)
         self.first_row, self.first_column = self.row_tile * call.tiles.rows, self.column_tile * call.tiles.columns
 
-    def logits(self) -> jax.Array:
-        """scale * image . text + bias; pairs beyond the arrays get any finite number."""
-        tiles, pairs = self.call.tiles, self.pairs
-        features = pairs.image.shape[1]
+    def similarity(self) -> jax.Array:
+        """rows . columns; beyond the arrays any finite number."""
+        tiles, block = self.call.tiles, self.block
+        features = block.rows.shape[1]
 
-        def step(block, product):
-            start = block * tiles.features
-            image = self._features(pairs.image, self.first_row, tiles.rows, start)
-            text = self._features(pairs.text, self.first_column, tiles.columns, start)
-            return product + tm.matmul(image, text, float32_product(self.call.interpret), transpose_b=True)
+        def step(part, product):
+            start = part * tiles.features
+            rows = self._features(block.rows, self.first_row, tiles.rows, start)
+            columns = self._features(block.columns, self.first_column, tiles.columns, start)
+            return product + tm.matmul(rows, columns, float32_product(self.call.interpret), transpose_b=True)
 
-        product = lax.fori_loop(0, -(-features // tiles.features), step, jnp.zeros((tiles.rows, tiles.columns)))
-        return product * pairs.scalars[0] + pairs.scalars[1]
+        return lax.fori_loop(0, -(-features // tiles.features), step, jnp.zeros((tiles.rows, tiles.columns)))
+
+    def logits(self, similarity: jax.Array) -> jax.Array:
+        """scale * similarity + bias."""
+        return similarity * self.block.scalars[0] + self.block.scalars[1]
 
     def _features(self, ref: Any, start: Any, count: int, first: Any) -> jax.Array:
         width = self.call.tiles.features
@@ -101,27 +112,37 @@ class _Tile:
         return load(place) if inside is None else load(place, mask=inside, other=0.0)
 
     def index(self, axis: int) -> jax.Array:
-        """[rows, columns]: which image (axis 0) or text (axis 1) each pair has."""
+        """[rows, columns]: which row (axis 0) or column (axis 1) of the block each logit is of."""
         shape = self.call.tiles.rows, self.call.tiles.columns
         return lax.broadcasted_iota(jnp.int32, shape, axis) + (self.first_row, self.first_column)[axis]
 
     @property
-    def real(self) -> jax.Array:
-        """Whether a pair exists; the last tiles may reach beyond the arrays."""
-        return (self.index(0) < self.pairs.image.shape[0]) & (self.index(1) < self.pairs.text.shape[0])
+    def others(self) -> jax.Array:
+        """Whether a logit is one of two different pairs that exist; the last tiles may reach beyond the arrays."""
+        block = self.block
+        found = (self.index(0) < block.rows.shape[0]) & (self.index(1) < block.columns.shape[0]) & ~self.own
+        if block.row_weight is None:
+            return found
+        rows, columns = (self.vector(x, i) > 0 for i, x in enumerate((block.row_weight, block.column_weight)))
+        return found & rows[:, None] & columns[None, :]
 
     @property
     def own(self) -> jax.Array:
-        """Whether image and text belong together."""
-        return self.vector(self.pairs.own, 0)[:, None] == self.index(1)
+        """Whether row and column belong together."""
+        columns = self.index(1)
+        return (self.index(0) + self.block.own[0] == columns) & (columns < self.block.columns.shape[0])
+
+    def spread(self, row: Any, column: Any) -> jax.Array:
+        """[rows, columns]: the sum of a number for each row and one for each column."""
+        return self.vector(row, 0)[:, None] + self.vector(column, 1)[None, :]
 
     def vector(self, ref: Any, axis: int) -> jax.Array:
-        """Of a vector with a number for each image (axis 0) or text (axis 1), those of this tile."""
+        """Of a vector with a number for each row (axis 0) or column (axis 1), those of this tile."""
         place, inside = self._place(ref, axis)
-        return load(ref.at[place], mask=inside, other=1)
+        return load(ref.at[place], mask=inside, other=0.0)
 
     def put_vector(self, ref: Any, axis: int, x: jax.Array) -> None:
-        """Stores into [tiles, images] (axis 0) or [tiles, texts] (axis 1): a row for each tile of the other axis."""
+        """Stores into [tiles, rows] (axis 0) or [tiles, columns] (axis 1): a line for each tile of the other axis."""
         place, inside = self._place(ref, axis)
         store(ref.at[(self.column_tile, self.row_tile)[axis], place], x, mask=inside)
 
@@ -131,83 +152,96 @@ class _Tile:
         return ds(start, size), start + jnp.arange(size) < ref.shape[-1]
 
 
-def _statistics_kernel(call: PairCall, pairs: Pairs, results: Any) -> None:
-    tile = _Tile(call, pairs)
-    logits = tile.logits()
-    if call.kind == "sigmoid":
-        loss = jnp.where(tile.real, tm.softplus(jnp.where(tile.own, -logits, logits)), 0.0)
-        tile.put_vector(results, 0, loss.sum(1))
-        return
-    logits = jnp.where(tile.real, logits, -jnp.inf)
+def _statistics_kernel(call: PairCall, block: Block, results: tuple[_Sums, _Sums]) -> None:
+    tile = _Tile(call, block)
+    logits = tile.logits(tile.similarity())
+    tile.put_vector(results[0].own, 0, jnp.where(tile.own, logits, 0.0).sum(1))
+    others = jnp.where(tile.others, logits, -jnp.inf)
     for axis, refs in enumerate(results):
-        top = logits.max(1 - axis)
-        finite = jnp.expand_dims(tm.finite_top(top), 1 - axis)
+        top = jnp.maximum(others.max(1 - axis), LOWEST)
         tile.put_vector(refs.top, axis, top)
-        tile.put_vector(refs.total, axis, jnp.exp(logits - finite).sum(1 - axis))
-
-
-def statistics(call: PairCall, pairs: Pairs) -> tuple[Any, Any]:
-    """Of rows and columns. Softmax: `SoftmaxStatistics`, a vector each. Sigmoid: the rows' losses, and nothing."""
-    row_tiles, column_tiles = _counts(call, pairs)
-    of_rows = jax.ShapeDtypeStruct((column_tiles, pairs.image.shape[0]), jnp.float32)
+        if call.kind == "softmax":
+            tile.put_vector(refs.total, axis, jnp.exp(others - jnp.expand_dims(top, 1 - axis)).sum(1 - axis))
     if call.kind == "sigmoid":
-        return _run(_statistics_kernel, "sigmoid_statistics", call, pairs, pairs, of_rows).sum(0), ()
-    of_columns = jax.ShapeDtypeStruct((row_tiles, pairs.text.shape[0]), jnp.float32)
-    results = SoftmaxStatistics(of_rows, of_rows), SoftmaxStatistics(of_columns, of_columns)
-    rows, columns = _run(_statistics_kernel, "contrastive_statistics", call, pairs, pairs, results)
-    return _over_tiles(rows), _over_tiles(columns)
+        losses = tm.softplus(others)
+        if block.row_weight is not None:
+            losses *= tile.spread(block.row_weight, block.column_weight) / 2
+        tile.put_vector(results[0].total, 0, losses.sum(1))
 
 
-def _over_tiles(parts: SoftmaxStatistics) -> SoftmaxStatistics:
+def statistics(call: PairCall, block: Block) -> tuple[Statistics, Statistics]:
+    """Of rows and of columns, without a teacher's."""
+    row_tiles, column_tiles = _counts(call, block)
+    of_rows = jax.ShapeDtypeStruct((column_tiles, block.rows.shape[0]), jnp.float32)
+    of_columns = jax.ShapeDtypeStruct((row_tiles, block.columns.shape[0]), jnp.float32)
+    softmax = call.kind == "softmax"
+    results = _Sums(of_rows, of_rows, of_rows), _Sums(of_columns, of_columns if softmax else None, None)
+    name = "contrastive_statistics" if softmax else "sigmoid_statistics"
+    found = _run(_statistics_kernel, name, call, block, block, results)
+    rows, columns = (_over_tiles(call, parts) for parts in found)
+    return rows, columns
+
+
+def _over_tiles(call: PairCall, parts: _Sums) -> Statistics:
     """Of [tiles, n], statistics of parts of the same logits, to [n]."""
     top = parts.top.max(0)
-    return SoftmaxStatistics(top, (parts.total * jnp.exp(parts.top - top)).sum(0))
+    decay = jnp.exp(parts.top - top) if call.kind == "softmax" else 1.0
+    total = None if parts.total is None else (parts.total * decay).sum(0)
+    return Statistics(top, total, None if parts.own is None else parts.own.sum(0))
 
 
 class _WeightInputs(NamedTuple):
-    pairs: Pairs
-    rows: Any
-    columns: Any
+    block: Block
+    row_terms: Terms
+    column_terms: Terms
 
 
-def _weights_kernel(call: PairCall, inputs: _WeightInputs, results: tuple[Any, Any]) -> None:
-    weights_ref, sums_ref = results
-    tile = _Tile(call, inputs.pairs)
-    logits = tile.logits()
+class _WeightResults(NamedTuple):
+    """`weights` [b, B]; and of each tile, sums of them, times similarity and plain."""
+
+    weights: Any
+    similarity_sum: Any
+    weight_sum: Any
+
+
+def _weights_kernel(call: PairCall, inputs: _WeightInputs, results: _WeightResults) -> None:
+    tile, terms = _Tile(call, inputs.block), (inputs.row_terms, inputs.column_terms)
+    similarity = tile.similarity()
+    logits = tile.logits(similarity)
     if call.kind == "sigmoid":
-        weights = jax.nn.sigmoid(logits)
+        weights = jax.nn.sigmoid(logits) * tile.spread(*(x.factor for x in terms))
     else:
         weights = jnp.zeros_like(logits)
-        for axis, refs in enumerate((inputs.rows, inputs.columns)):
-            top, total = (jnp.expand_dims(tile.vector(ref, axis), 1 - axis) for ref in refs)
-            weights += jnp.exp(logits - top) / total
-        weights /= 2
-    weights = jnp.where(tile.real, weights - jnp.where(tile.own, 1.0, 0.0), 0.0)
-    place = weights_ref.at[ds(tile.first_row, call.tiles.rows), ds(tile.first_column, call.tiles.columns)]
-    store(place, weights.astype(weights_ref.dtype), mask=tile.real)
-    if sums_ref is not None:
-        store(sums_ref.at[tile.row_tile, tile.column_tile], weights.sum(1).sum(0))
+        for axis, x in enumerate(terms):
+            top, factor = (jnp.expand_dims(tile.vector(ref, axis), 1 - axis) for ref in (x.top, x.factor))
+            weights += jnp.exp(logits - top) * factor
+    weights = jnp.where(tile.others, weights, 0.0)
+    place = results.weights.at[ds(tile.first_row, call.tiles.rows), ds(tile.first_column, call.tiles.columns)]
+    inside = (tile.index(0) < results.weights.shape[0]) & (tile.index(1) < results.weights.shape[1])
+    store(place, weights.astype(results.weights.dtype), mask=inside)
+    store(results.similarity_sum.at[tile.row_tile, tile.column_tile], (weights * similarity).sum(1).sum(0))
+    if results.weight_sum is not None:
+        store(results.weight_sum.at[tile.row_tile, tile.column_tile], weights.sum(1).sum(0))
 
 
-def weights(call: PairCall, pairs: Pairs, rows: Any, columns: Any) -> tuple[jax.Array, jax.Array]:
-    """B * d loss / d logits, [b, B] in the features' dtype; and their sum for the sigmoid loss (0 for softmax)."""
-    shape = pairs.image.shape[0], pairs.text.shape[0]
-    weights = jax.ShapeDtypeStruct(shape, pairs.image.dtype)
-    if call.kind == "softmax":
-        inputs = _WeightInputs(pairs, rows, columns)
-        return _run(_weights_kernel, "contrastive_weights", call, pairs, inputs, (weights, None))[0], jnp.float32(0)
-    results = weights, jax.ShapeDtypeStruct(_counts(call, pairs), jnp.float32)
-    weights, sums = _run(_weights_kernel, "sigmoid_weights", call, pairs, _WeightInputs(pairs, None, None), results)
-    return weights, sums.sum()
+def weights(call: PairCall, block: Block, row_terms: Terms, column_terms: Terms) -> tuple[jax.Array, WeightSums]:
+    """N * d loss / d logits, 0 for own logits, [b, B] in the features' dtype; and their sums before that rounding."""
+    sums, softmax = jax.ShapeDtypeStruct(_counts(call, block), jnp.float32), call.kind == "softmax"
+    shape = block.rows.shape[0], block.columns.shape[0]
+    results = _WeightResults(jax.ShapeDtypeStruct(shape, block.rows.dtype), sums, None if softmax else sums)
+    name = "contrastive_weights" if softmax else "sigmoid_weights"
+    inputs = _WeightInputs(block, *(Terms(x.factor, x.top) for x in (row_terms, column_terms)))
+    found, similarity_sum, weight_sum = _run(_weights_kernel, name, call, block, inputs, results)
+    return found, WeightSums(similarity_sum.sum(), None if weight_sum is None else weight_sum.sum())
 
 
-def _counts(call: PairCall, pairs: Pairs) -> tuple[int, int]:
+def _counts(call: PairCall, block: Block) -> tuple[int, int]:
     """Tiles of rows and of columns."""
-    return -(-pairs.image.shape[0] // call.tiles.rows), -(-pairs.text.shape[0] // call.tiles.columns)
+    return -(-block.rows.shape[0] // call.tiles.rows), -(-block.columns.shape[0] // call.tiles.columns)
 
 
-def _run(kernel: Any, name: str, call: PairCall, pairs: Pairs, inputs: Any, results: Any) -> Any:
-    row_tiles, column_tiles = _counts(call, pairs)
+def _run(kernel: Any, name: str, call: PairCall, block: Block, inputs: Any, results: Any) -> Any:
+    row_tiles, column_tiles = _counts(call, block)
     return kernel_call(
         partial(kernel, call),
         name,

@@ -1,6 +1,7 @@
 """What the kernels need to know of a TPU chip, and which chip a program is being traced for."""
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -34,14 +35,15 @@ _DEVICE_KINDS = {
 }
 
 
-def chip_of(x: jax.Array | None = None) -> Chip:
-    """The chip that `x` lives on if it lies on a mesh, else that of the current mesh, else of the default device.
+def chip_of(x: jax.Array | None = None, device: Any = None) -> Chip:
+    """The chip that `x` lives on if it lies on a mesh, else `device` (a mesh's `jax.sharding.AbstractDevice`) if there
+    is one, else that of the current mesh, else of the default device.
 
     v5e where that is no known TPU: on another backend the kernels only run interpreted, and the chip decides about
     block sizes and no more.
     """
     meshes = [] if x is None else [jax.typeof(x).sharding.mesh]
-    devices = [mesh.abstract_device for mesh in (*meshes, jax.sharding.get_abstract_mesh())]
+    devices = [*(mesh.abstract_device for mesh in meshes), device, jax.sharding.get_abstract_mesh().abstract_device]
     kinds = [device.device_kind for device in devices if device is not None]
     kind = kinds[0] if kinds else jax.devices()[0].device_kind
     return CHIPS[_DEVICE_KINDS.get(kind, "v5e")]

@@ -27,7 +27,7 @@ def supports(problem: ContrastiveProblem) -> Support:
     for name, dtype in (("image", problem.dtype), ("teacher_image", problem.teacher_dtype)):
         if dtype is not None and dtype not in (jnp.float32, jnp.bfloat16):
             return unsupported(f"{name} must be float32 or bfloat16; got {dtype.name}")
-    chip = chip_of()
+    chip = chip_of(device=problem.device)
     if _vmem_bytes(problem, ROWS[-1], COLUMNS[-1]) > chip.vmem_bytes:
         return unsupported(f"a tile with {problem.features} features does not fit in the VMEM of {chip.name}")
     return SUPPORTED
@@ -55,24 +55,37 @@ def statistics(problem: ContrastiveProblem, scalars: Scalars, rows: Side, column
     return _unpacked(sizes, of_rows, rows, of_rows=True), _unpacked(sizes, of_columns, columns, of_rows=False)
 
 
-def gradient(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array, initial: Any):
+def gradient(
+    problem: ContrastiveProblem,
+    scalars: Scalars,
+    rows: Side,
+    columns: Side,
+    own: jax.Array,
+    initial: Any,
+    wants_sums: bool,
+):
     """See `contrastive_function.Blocks`."""
     sizes = _sizes(problem, rows, columns)
     block = _block(sizes, scalars, rows, columns, own)
     if initial is not None:
         initial = _padded(initial, sizes.rows)
     terms = _terms(sizes.rows, rows), _terms(sizes.columns, columns)
-    out, sums = _kernel(tiles.gradient, sizes)(block, *terms, initial)
-    return out[: rows.features.shape[0]], None if sums is None else sums.sum()
+    out, sums = _kernel(tiles.gradient, sizes, wants_sums)(block, *terms, initial)
+    out = out[: rows.features.shape[0]]
+    if sums is None:
+        return out, None
+    return out, contrastive_terms.weight_sums(
+        problem, *(sums[k].sum() for k in (tiles.SIMILARITY_SUM, tiles.WEIGHT_SUM))
+    )
 
 
 BLOCKS = contrastive_function.Blocks(statistics, gradient)
 
 
 @functools.cache
-def _kernel(kernel: Callable, sizes: tiles.Tiles) -> Callable:
-    """The kernel for tiles of these sizes; under `vmap` it runs once for each batch, one after the other."""
-    return jax.custom_batching.sequential_vmap(functools.partial(kernel, sizes))
+def _kernel(kernel: Callable, *fixed: Any) -> Callable:
+    """The kernel with these first arguments; under `vmap` it runs once for each batch, one after the other."""
+    return jax.custom_batching.sequential_vmap(functools.partial(kernel, *fixed))
 
 
 def _columns_at_once(chip: Chip) -> int:

@@ -209,6 +209,11 @@ def _over_lanes(tiles: Tiles, lanes_ref) -> jax.Array:
     return jnp.transpose(table)[:SUBLANES]
 
 
+# Rows of the sums that `gradient` returns, float32 [8, 128] for each row of tiles: over all of them, of d loss / d
+# logit times the similarity of the pair, and without; the latter for sigmoid only.
+SIMILARITY_SUM, WEIGHT_SUM = range(2)
+
+
 def _gradient_kernel(tiles: Tiles, goes_on: bool, scalars_ref, own_ref, rows_ref, columns_ref, *refs):
     teacher_refs, refs = (refs[:2], refs[2:]) if tiles.taught else (None, refs)
     initial_ref, refs = (refs[0], refs[1:]) if goes_on else (None, refs)
@@ -227,7 +232,8 @@ def _gradient_kernel(tiles: Tiles, goes_on: bool, scalars_ref, own_ref, rows_ref
     def softmaxes(logits, top):
         return jnp.exp(logits - row(top)) * row(top + 1) + jnp.exp(logits - column(top)) * column(top + 1)
 
-    logits = _products(rows_ref, columns_ref) * scalars_ref[0]
+    similarity = _products(rows_ref, columns_ref)
+    logits = similarity * scalars_ref[0]
     if tiles.kind == "sigmoid":
         weights = jax.nn.sigmoid(masked(logits + scalars_ref[1])) * (row(FACTOR) + column(FACTOR))
     else:
@@ -235,15 +241,18 @@ def _gradient_kernel(tiles: Tiles, goes_on: bool, scalars_ref, own_ref, rows_ref
     if teacher_refs is not None:
         weights -= softmaxes(masked(_products(*teacher_refs) * scalars_ref[2]), TEACHER_TOP)
     weights = jnp.where(_is_own(tiles, own_ref), 0.0, weights)
+    if sum_refs:
+        (sum_ref,) = sum_refs
+
+        def add(k, x):
+            total = jnp.sum(_tree(jnp.add, _groups(x)), axis=0, keepdims=True)
+            sum_ref[k : k + 1] = jnp.where(j == 0, 0.0, sum_ref[k : k + 1]) + total
+
+        add(SIMILARITY_SUM, weights * similarity)
+        if tiles.kind == "sigmoid":
+            add(WEIGHT_SUM, weights)
     before = jnp.where(j == 0, 0.0 if initial_ref is None else initial_ref[...], out_ref[...])
     out_ref[...] = before + matmul(weights.astype(columns_ref.dtype), columns_ref[...])
-    if sum_refs:
-        sum_ref, lanes_ref = sum_refs
-        lanes_ref[...] = jnp.where(j == 0, 0.0, lanes_ref[...]) + _tree(jnp.add, _groups(weights))
-
-        @pl.when(j == pl.num_programs(1) - 1)
-        def _():
-            sum_ref[...] = jnp.transpose(lanes_ref[...])
 
 
 def _specs(tiles: Tiles, block: Block) -> tuple[list[pl.BlockSpec], list[jax.Array]]:
@@ -295,10 +304,15 @@ def statistics(
 
 
 def gradient(
-    tiles: Tiles, block: Block, row_terms: jax.Array, column_terms: jax.Array, initial: jax.Array | None = None
+    tiles: Tiles,
+    wants_sums: bool,
+    block: Block,
+    row_terms: jax.Array,
+    column_terms: jax.Array,
+    initial: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`initial` + (d loss / d logits, 0 for own) @ columns, float32 [M, D], and for sigmoid the sums of the rows of
-    d loss / d logits, spread over 128 numbers: [128, M]."""
+    """`initial` + (d loss / d logits, 0 for own) @ columns, float32 [M, D], and where they are wanted sums of
+    d loss / d logits, to be summed up along the second axis: float32 [8, n], see SIMILARITY_SUM."""
     specs, arrays = _specs(tiles, block)
     feature_spec = pl.BlockSpec((tiles.rows, block.rows.shape[1]), lambda i, j: (i, 0))
     row_spec = pl.BlockSpec((SUBLANES, tiles.rows), lambda i, j: (0, i))
@@ -307,18 +321,17 @@ def gradient(
         aliases = {len(arrays): 0}
         specs, arrays = [*specs, feature_spec], [*arrays, initial]
     specs += [row_spec, pl.BlockSpec((SUBLANES, tiles.columns), lambda i, j: (0, j))]
-    out_specs, out_shape, scratch = [feature_spec], [like(block.rows, block.rows.shape)], []
-    if tiles.kind == "sigmoid":
-        out_specs += [pl.BlockSpec((LANES, tiles.rows), lambda i, j: (0, i))]
-        out_shape += [like(block.rows, (LANES, block.rows.shape[0]))]
-        scratch = [pltpu.VMEM((tiles.rows, LANES), jnp.float32)]
+    out_specs, out_shape = [feature_spec], [like(block.rows, block.rows.shape)]
+    grid = _grid(tiles, block)
+    if wants_sums:
+        out_specs += [pl.BlockSpec((SUBLANES, LANES), lambda i, j: (0, i))]
+        out_shape += [like(block.rows, (SUBLANES, grid[0] * LANES))]
     out, *sums = pl.pallas_call(
         functools.partial(_gradient_kernel, tiles, initial is not None),
-        grid=_grid(tiles, block),
+        grid=grid,
         in_specs=specs,
         out_specs=out_specs,
         out_shape=out_shape,
-        scratch_shapes=scratch,
         input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tiles.vmem_bytes
