@@ -97,7 +97,7 @@ def dry_run(config: RunConfig, chip: str, devices: int, stage_index: int = 0, co
     if console is not None:
         console.print(
             f"compiling the step of stage {stage.name} ({config.model.preset}, batch {stage.batch_size:,}) for"
-            f" {devices} {chip} devices, {fsdp} of them to a copy of the parameters; this takes some minutes for large models",
+            f" {devices} {chip} devices, {fsdp} of them to a copy of the parameters; some minutes for large models",
             highlight=False,
         )
     step = make_train_step(config.model, stage, config.seed, mesh, config.parallel.exchange)

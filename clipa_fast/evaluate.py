@@ -118,7 +118,7 @@ def eval_command(
     if classes is not None and matched is not None:
         figures["zero_shot"] = _zero_shot(matched, image_features, encoder, protocol, rows)
     for label, ranking, interval in rows:
-        print_rankings(f"{source.name}: {label}", [(label, ranking)], console, [interval])
+        print_rankings(f"{source.name}: {label}", [("", ranking)], console, [interval])
     if output is not None:
         output.write_text(json.dumps(figures, indent=2) + "\n")
     return figures
