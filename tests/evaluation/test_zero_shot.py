@@ -142,15 +142,3 @@ def test_table_prints_percentages_and_plain_labels():
     assert "set [red]a" in text
     assert "100.0 %" in text
     assert "25 %" in text
-
-
-def test_a_table_of_retrieval_fits_a_terminal():
-    result = evaluate_zero_shot(
-        np.eye(30, dtype=np.float32), np.arange(30), np.eye(30, dtype=np.float32), ks=(1, 5, 10)
-    )
-    output = io.StringIO()
-    print_rankings("data: picture to caption", [("", result.ranking)], Console(file=output, width=80), [(1.0, 1.0)])
-    _, head, _, row = output.getvalue().rstrip().splitlines()
-    assert head.split("  ")[0].strip() == "top-1"
-    assert head.rstrip().endswith("candidates")
-    assert row.split() == ["100.0", "%"] * 3 + ["100.0-100.0", "3.33", "%", "30", "30"]
