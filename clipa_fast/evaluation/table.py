@@ -30,7 +30,7 @@ def print_rankings(
     known = any(interval is not None for interval in intervals)
     ks = rows[0][1].ks if rows else ()
     # Narrow enough for 80 columns.
-    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     if labelled:
         table.add_column("")
     between = [f"95 % of top-{k}" for k in ks[:1]] if known else []
@@ -45,4 +45,7 @@ def print_rankings(
         table.add_row(
             *([Text(label)] if labelled else []), *cells, f"{len(ranking.per_query):,}", f"{ranking.num_candidates:,}"
         )
-    (console or Console()).print(table)
+    console = console or Console()
+    # Not as the table's title, which would be broken at the table's width.
+    console.print(Text(title, style="italic"), soft_wrap=True)
+    console.print(table)
