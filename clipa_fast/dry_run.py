@@ -17,7 +17,7 @@ from clipa_fast.config import RunConfig, StageConfig
 from clipa_fast.errors import UserError
 from clipa_fast.mesh import BATCH, check_devices
 from clipa_fast.profiling import Collective, Profile, compile_for_tpu, tpu_mesh
-from clipa_fast.profiling.chips import find_chip
+from clipa_fast.profiling.chips import find_chip, topology_name
 from clipa_fast.profiling.profile import STATIC_ESTIMATE
 from clipa_fast.run import with_weights
 from clipa_fast.run_checks import check_run
@@ -89,7 +89,8 @@ def dry_run(config: RunConfig, chip: str, devices: int, stage_index: int = 0, co
         raise UserError(f"dry_run_stage: got {stage_index}; accepted: 0 to {len(config.stages) - 1}")
     stage = config.stages[stage_index]
     check_run(config, max(stage.batch_size for stage in config.stages))
-    check_devices(config.parallel, [stage], devices)
+    topology_name(kind, devices)  # refuses what there is not
+    check_devices(config.parallel, config.stages, devices)
     fsdp = planned_fsdp(config, devices, int(kind.hbm_bytes))
     mesh = tpu_mesh(chip, {"data": devices // fsdp, "fsdp": fsdp})
     state = described_state(config.model, stage, config.seed, mesh)
