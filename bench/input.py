@@ -19,6 +19,7 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -39,6 +40,13 @@ SOURCES = ((512, 85), (512, 95), (256, 95))
 """Side and JPEG quality of the stored pictures: 256 at 95 is what img2dataset writes."""
 WORDS = ("a photo of the small red house", "beside an old tree", "in front of mountains", "at night", "and two dogs")
 _PICTURES = 64
+
+
+class Rate(NamedTuple):
+    """Samples a second, and a second of CPU time, which tells the same where nothing else runs."""
+
+    wall: float
+    cpu: float
 
 
 def synthetic(side: int, seed: int) -> np.ndarray:
@@ -85,16 +93,16 @@ def pillow(encoded: bytes, box: list[int]) -> np.ndarray:
     return np.asarray(picture.resize((TARGET, TARGET), Image.Resampling.BICUBIC))
 
 
-def decode_rates(files: list[bytes], crops: list[list[int]], rounds: int) -> dict[str, float]:
+def decode_rates(files: list[bytes], crops: list[list[int]], rounds: int) -> dict[str, Rate]:
     """Pictures a second on one core, the median of rounds taken in turns."""
-    seconds: dict[str, list[float]] = {"ours": [], "pillow": []}
+    seconds: dict[str, list[tuple[float, float]]] = {"ours": [], "pillow": []}
     for _ in range(rounds + 1):
         for name, function in (("ours", ours), ("pillow", pillow)):
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             for encoded, box in zip(files, crops, strict=True):
                 function(encoded, box)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: len(files) / float(np.median(taken[1:])) for name, taken in seconds.items()}
+            seconds[name].append((time.perf_counter() - start, time.process_time() - cpu))
+    return {name: Rate(*(len(files) / np.median(taken[1:], axis=0)).tolist()) for name, taken in seconds.items()}
 
 
 def write_shards(folder: Path, files: list[bytes], shards: int, per_shard: int) -> str:
@@ -114,8 +122,8 @@ def write_shards(folder: Path, files: list[bytes], shards: int, per_shard: int) 
     return str(folder / f"{{{0:05d}..{shards - 1:05d}}}.tar")
 
 
-def loader_rate(pattern: str, tokenizer: Tokenizer, workers: int, batch_size: int, steps: int) -> tuple[float, float]:
-    """Samples a second after the first two batches, and how many cores other programs kept busy meanwhile."""
+def loader_rate(pattern: str, tokenizer: Tokenizer, workers: int, batch_size: int, steps: int) -> tuple[Rate, float]:
+    """The rate after the first two batches, and how many cores other programs kept busy meanwhile."""
     source = ShardSource(pattern)
     loader = Loader(
         source,
@@ -134,9 +142,10 @@ def loader_rate(pattern: str, tokenizer: Tokenizer, workers: int, batch_size: in
     for _ in range(steps - 1):
         count += len(next(batches).index)
     # Before the last batch, after which the workers are gone and with them their times.
-    taken, others = time.perf_counter() - start, (busy_seconds() - busy) - (_own_seconds() - own)
+    taken, own = time.perf_counter() - start, _own_seconds() - own
+    others = busy_seconds() - busy - own
     batches.close()
-    return count / taken, max(0.0, others) / taken
+    return Rate(count / taken, count / own), max(0.0, others) / taken
 
 
 def _own_seconds() -> float:
@@ -190,8 +199,10 @@ def main(argv: list[str]) -> None:
         for what, crops in (("whole picture", whole), ("crop of 40 to 100 %", boxes(side, len(files)))):
             rates = decode_rates(files, crops, arguments.rounds)
             print(
-                f"decode {side} px q{quality} ({size:.0f} KB), {what}: ours {rates['ours']:.0f}/s a core,"
-                f" Pillow full decode + bicubic {rates['pillow']:.0f}/s, ratio {rates['ours'] / rates['pillow']:.2f}x",
+                f"decode {side} px q{quality} ({size:.0f} KB), {what}: ours {rates['ours'].wall:.0f}/s a core,"
+                f" Pillow full decode + bicubic {rates['pillow'].wall:.0f}/s, ratio"
+                f" {rates['ours'].wall / rates['pillow'].wall:.2f}x; by CPU time"
+                f" {rates['ours'].cpu / rates['pillow'].cpu:.2f}x",
                 flush=True,
             )
         if quality == 95 and side == 512:
@@ -205,8 +216,9 @@ def main(argv: list[str]) -> None:
             rate, others = loader_rate(pattern, tokenizer, cores, arguments.batch, arguments.steps)
             alone = (before + rate_of_all_cores(files, side, cores, 4.0)) / 2
             print(
-                f"loader {side} px q{quality}: {rate:.0f} samples/s with {cores} processes,"
-                f" {rate / cores / rates['ours']:.0%} of the decode rate a core, {rate / alone:.0%} of what"
+                f"loader {side} px q{quality}: {rate.wall:.0f} samples/s with {cores} processes,"
+                f" {rate.wall / cores / rates['ours'].wall:.0%} of the decode rate a core (by CPU time"
+                f" {rate.cpu / rates['ours'].cpu:.0%}), {rate.wall / alone:.0%} of what"
                 f" {cores} processes decode at once ({alone:.0f}/s);"
                 f" other programs {others:.2f} cores",
                 flush=True,
@@ -220,6 +232,6 @@ def main(argv: list[str]) -> None:
                 theirs = float(done.stdout.split()[-1])
                 print(
                     f"loader {side} px q{quality}: open_clip's {theirs:.0f} samples/s with {cores} workers,"
-                    f" ours {rate / theirs:.2f}x",
+                    f" ours {rate.wall / theirs:.2f}x",
                     flush=True,
                 )

@@ -85,7 +85,10 @@ class Eval:
     class_filter: str | None = None
     """FIELD=VALUE: only classes whose entry says so are candidates, such as split=seen; a=true for ImageNet-A."""
     label_map: Path | None = None
-    """JSON from the data's labels (folder names) to a label of class_names each, or several that count as one."""
+    """JSON from the data's labels (folder names) to a label of class_names each, several that count as one, or [] to
+    leave them out; or ObjectNet's folder `mappings`."""
+    border: int = 0
+    """Pixels cut off each side of the pictures first: 2 for ObjectNet, whose pictures have a red frame."""
     candidates: Literal["all", "present", "mapped"] = "all"
     """Which classes compete: all, those that pictures have, or those of the label_map."""
     prompts: str = "own"

@@ -11,13 +11,15 @@ import json
 from pathlib import Path
 
 from jax.sharding import PartitionSpec
+from rich.console import Console
 
 from clipa_fast.config import RunConfig, StageConfig
 from clipa_fast.errors import UserError
 from clipa_fast.mesh import BATCH, check_devices
 from clipa_fast.profiling import Collective, Profile, compile_for_tpu, tpu_mesh
-from clipa_fast.profiling.chips import find_chip
+from clipa_fast.profiling.chips import find_chip, topology_name
 from clipa_fast.profiling.profile import STATIC_ESTIMATE
+from clipa_fast.run import with_weights
 from clipa_fast.run_checks import check_run
 from clipa_fast.sharded_state import described_state, planned_fsdp
 from clipa_fast.throughput import pair_flops, tokens_per_pair
@@ -69,8 +71,14 @@ def link_seconds(collective: Collective, chip: str) -> float:
     return passes * collective.num_bytes / (_BUSY_LINKS * _LINK_BYTES_PER_SECOND[chip])
 
 
-def dry_run(config: RunConfig, chip: str, devices: int, stage_index: int = 0) -> DryRun:
+def dry_run(config: RunConfig, chip: str, devices: int, stage_index: int = 0, console: Console | None = None) -> DryRun:
     """Compiles the step of a stage for `devices` devices of `chip`. Takes minutes for the large models.
+
+    Args:
+      config: the run.
+      chip, devices: the slice.
+      stage_index: which of the run's stages.
+      console: told what is compiled before that starts.
 
     Raises:
       UserError: the config is wrong, does not fit so many devices, there is no such chip or stage, or libtpu is
@@ -81,11 +89,18 @@ def dry_run(config: RunConfig, chip: str, devices: int, stage_index: int = 0) ->
         raise UserError(f"dry_run_stage: got {stage_index}; accepted: 0 to {len(config.stages) - 1}")
     stage = config.stages[stage_index]
     check_run(config, max(stage.batch_size for stage in config.stages))
-    check_devices(config.parallel, [stage], devices)
+    topology_name(kind, devices)  # refuses what there is not
+    check_devices(config.parallel, config.stages, devices)
     fsdp = planned_fsdp(config, devices, int(kind.hbm_bytes))
     mesh = tpu_mesh(chip, {"data": devices // fsdp, "fsdp": fsdp})
     state = described_state(config.model, stage, config.seed, mesh)
     image, text = batch_structs(stage)
+    if console is not None:
+        console.print(
+            f"compiling the step of stage {stage.name} ({config.model.preset}, batch {stage.batch_size:,}) for"
+            f" {devices} {chip} devices, {fsdp} of them to a copy of the parameters; some minutes for large models",
+            highlight=False,
+        )
     step = make_train_step(config.model, stage, config.seed, mesh, config.parallel.exchange)
     specs = (PartitionSpec(), BATCH, BATCH)  # the state brings its own shardings
     profile = compile_for_tpu(step, state, image, text, chip=chip, mesh=mesh, in_specs=specs, donate_argnums=0)
@@ -96,8 +111,14 @@ def dry_run(config: RunConfig, chip: str, devices: int, stage_index: int = 0) ->
 def dry_run_command(
     config: RunConfig, chip: str, devices: int, stage_index: int = 0, *, output: Path | None = None
 ) -> str:
-    """The text that `clipa-fast train --dry-run` prints; `output` takes the whole profile as JSON."""
-    found = dry_run(config, chip, devices, stage_index)
+    """The text that `clipa-fast train --dry-run` prints; `output` takes the whole profile as JSON.
+
+    Progress goes to stderr. Raises UserError as `dry_run` does, or for an output whose folder is not there.
+    """
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"output: no such folder: {output.parent}")
+    config, _ = with_weights(config)
+    found = dry_run(config, chip, devices, stage_index, Console(stderr=True))
     if output is not None:
         content = {"fsdp": found.fsdp, "link_seconds": found.link_seconds, **found.profile.to_dict()}
         output.write_text(json.dumps(content, indent=1))

@@ -44,8 +44,8 @@ class Encoder:
         tokenizer: AnyTokenizer | None,
         batch_size: int = 256,
     ):
-        if batch_size < 1:
-            raise UserError(f"batch_size: got {batch_size}; accepted: 1 and more")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise UserError(f"batch_size: got {batch_size!r}; accepted: whole numbers from 1")
         graphdef = graph(config, image_size, text_length)
         whole, divided = _placement()
         self.config, self.image_size, self.text_length, self.tokenizer = config, image_size, text_length, tokenizer

@@ -18,6 +18,7 @@ from clipa_fast.errors import UserError
 from clipa_fast.evaluation.bootstrap import bootstrap_interval
 from clipa_fast.evaluation.classes import match_labels, read_classes, read_label_map
 from clipa_fast.evaluation.open_data import open_evaluation_data
+from clipa_fast.evaluation.part_of_source import PartOfSource
 from clipa_fast.evaluation.ranking import Ranking
 from clipa_fast.evaluation.retrieval import caption_answers, evaluate_retrieval
 from clipa_fast.evaluation.standard_figures import standard_retrieval, standard_zero_shot
@@ -49,7 +50,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """What is evaluated on; see `open_evaluation_data`, `read_classes` and `read_label_map`."""
+    """What is evaluated on; see `open_evaluation_data`, `read_classes`, `read_label_map` and `PartOfSource`."""
 
     data: tuple[str, ...]
     captions: Path | None = None
@@ -57,6 +58,8 @@ class EvaluationData:
     class_names: Path | str | None = None
     class_filter: str | None = None
     label_map: Path | None = None
+    border: int = 0
+    """Pixels cut off each side of the pictures."""
 
 
 def eval_command(
@@ -89,12 +92,15 @@ def eval_command(
     classes = None if where.class_names is None else read_classes(where.class_names, where.class_filter)
     label_map = None if where.label_map is None else read_label_map(where.label_map)
     source = open_evaluation_data(where.data, where.captions, where.split)
-    captions, owner = all_captions(source)
-    matched = None
+    total, kept, matched = len(source), np.arange(len(source)), None
     if classes is not None:
-        labels = [source.metadata(index).get("label") for index in range(len(source))]
+        labels = [source.metadata(index).get("label") for index in range(total)]
         matched = match_labels(labels, classes, label_map, protocol.candidates, source.key)
-    elif not captions:
+        kept = matched.kept
+    if len(kept) < total or where.border:
+        source = PartOfSource(source, kept, where.border)
+    captions, owner = all_captions(source)
+    if classes is None and not captions:
         raise UserError(f"data: {source.name} has no captions; accepted with class_names only")
     opened = open_pretrained(model, tokenizer=tokenizer, image_size=image_size, ema=ema)
     if protocol.resize is not None:
@@ -102,6 +108,9 @@ def eval_command(
     encoder = Encoder.of(opened, batch_size)
     image_features = encoder.images(source)
     figures: dict[str, Any] = {"model": opened.name, "data": source.name, "samples": len(source)}
+    if len(source) < total:
+        figures["left_out"] = total - len(source)
+        (console or Console()).print(f"left out: {total - len(source):,} samples that the label map has no class for")
     figures["image_size"], figures["resize"] = encoder.image_size, encoder.about.resize
     rows: list[tuple[str, Ranking, Interval | None]] = []
     if captions:
@@ -109,7 +118,7 @@ def eval_command(
     if classes is not None and matched is not None:
         figures["zero_shot"] = _zero_shot(matched, image_features, encoder, protocol, rows)
     for label, ranking, interval in rows:
-        print_rankings(f"{source.name}: {label}", [(label, ranking)], console, [interval])
+        print_rankings(f"{source.name}: {label}", [("", ranking)], console, [interval])
     if output is not None:
         output.write_text(json.dumps(figures, indent=2) + "\n")
     return figures
@@ -118,6 +127,8 @@ def eval_command(
 def _check(where: EvaluationData, protocol: Protocol, batch_size: int, output: Path | None) -> None:
     if batch_size < 1:
         raise UserError(f"batch_size: got {batch_size}; accepted: 1 and more")
+    if where.border < 0:
+        raise UserError(f"border: got {where.border}; accepted: 0 and more")
     if protocol.bootstrap < 0:
         raise UserError(f"bootstrap: got {protocol.bootstrap}; accepted: 0 and more")
     for name in ("class_filter", "label_map"):

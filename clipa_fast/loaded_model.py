@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from clipa_fast.config import ModelConfig
-from clipa_fast.data.decode import decode_picture, to_rgb
+from clipa_fast.data.decode import DecodeError, decode_picture, to_rgb
 from clipa_fast.data.transforms import eval_resize
 from clipa_fast.encode import Encoder
 from clipa_fast.errors import UserError
@@ -23,6 +23,7 @@ from clipa_fast.pretrained import open_pretrained
 
 Picture = Any
 """A path, a PIL image, or a uint8 array [H, W], [H, W, 3]."""
+_ACCEPTED = "paths, PIL images, and uint8 arrays [H, W] or [H, W, 3]"
 
 
 def load(
@@ -126,20 +127,23 @@ class LoadedModel:
         Raises:
           UserError: something else than texts, or a model without a tokenizer.
         """
-        return self._encoder.texts([texts] if isinstance(texts, str) else list(texts))
+        return self._encoder.texts(_texts(texts))
 
     def encode_tokens(self, tokens: np.ndarray) -> np.ndarray:
         """Features of tokens, int32 [B, text_length], float32 [B, embed_dim], L2-normalised."""
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or tokens.shape[1] != self.text_length or not np.issubdtype(tokens.dtype, np.integer):
             raise UserError(f"tokens: expected integers [B, {self.text_length}], got {tokens.dtype} {tokens.shape}")
+        rows = self._encoder.params["text"]["token_table"].shape[0]
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < rows:
+            raise UserError(f"tokens: expected 0 to {rows - 1}, got {tokens.min()} to {tokens.max()}")
         return self._encoder.tokens(tokens.astype(np.int32))
 
     def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
         """The tokens of texts as the model reads them, int32 [B, text_length]."""
         if self._encoder.tokenizer is None:
             raise UserError("tokenizer: none lies beside the weights; accepted: load(..., tokenizer=PATH)")
-        return self._encoder.tokenizer([texts] if isinstance(texts, str) else list(texts), self.text_length)
+        return self._encoder.tokenizer(_texts(texts), self.text_length)
 
     def classify(
         self,
@@ -196,15 +200,28 @@ class LoadedModel:
 
 
 def _as_list(images: Picture | Sequence[Picture]) -> list[Picture]:
-    single = isinstance(images, (str, os.PathLike, Image.Image)) or (
-        isinstance(images, np.ndarray) and (images.ndim == 2 or (images.ndim == 3 and images.shape[2] == 3))
-    )
-    return [images] if single else list(images)
+    if isinstance(images, np.ndarray):
+        # Of three axes it is one picture: of three channels in front, or of four, no batch of grey ones.
+        return list(images) if images.ndim == 4 else [images]
+    if isinstance(images, (str, os.PathLike, Image.Image)):
+        return [images]
+    if not isinstance(images, Iterable):
+        raise UserError(f"images: got {images!r}; accepted: {_ACCEPTED}, alone or in a list")
+    return list(images)
+
+
+def _texts(texts: str | Iterable[str]) -> list[str]:
+    if isinstance(texts, bytes) or not isinstance(texts, Iterable):
+        raise UserError(f"texts: got {texts!r}; accepted: a text or a list of texts")
+    return [texts] if isinstance(texts, str) else list(texts)
 
 
 def _pixels(image: Picture) -> np.ndarray:
     if isinstance(image, Image.Image):
-        return to_rgb(image)
+        try:
+            return to_rgb(image)
+        except DecodeError as error:
+            raise UserError(f"images: {error}; accepted: {_ACCEPTED}") from error
     if isinstance(image, (str, os.PathLike)):
         try:
             return decode_picture(Path(image).read_bytes())
@@ -214,8 +231,5 @@ def _pixels(image: Picture) -> np.ndarray:
             raise UserError(f"images: {image} cannot be decoded ({type(error).__name__})") from error
     array = np.asarray(image)
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)) or not array.size:
-        raise UserError(
-            f"images: got {type(image).__name__} {array.dtype} {list(array.shape)}; accepted: paths, PIL images, and"
-            " uint8 arrays [H, W] or [H, W, 3]"
-        )
+        raise UserError(f"images: got {type(image).__name__} {array.dtype} {list(array.shape)}; accepted: {_ACCEPTED}")
     return array

@@ -80,6 +80,6 @@ def _write(model: Pretrained, output: Path, format: str, hub_name: str | None, c
     else:
         export_stablehlo(params, described, model.tokenizer, output)
     for note in notes:
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
     files = sorted(output.iterdir())
     console.print("\n".join(f"  {file.name}  {file.stat().st_size / 1e6:,.1f} MB" for file in files), highlight=False)

@@ -93,7 +93,7 @@ def _open(source: str, image_size: int | None, image_pool: str) -> Pretrained:
         return dataclasses.replace(_open_clip(folder / CONFIG, _weights_in(folder)), name=source)
     path = Path(source).expanduser()
     if path.suffix == ".npz" and path.is_file():
-        return _npz(path, image_size or 224, image_pool)
+        return _npz(path, 224 if image_size is None else image_size, image_pool)
     if image_size is not None:
         raise UserError(f"image_size: only an npz of CLIPA's JAX code needs it, and {source} is none")
     if (path / "config.yaml").is_file():

@@ -231,6 +231,8 @@ def test_a_run_without_checkpoint(workplace, copied, capsys):
         (["--class-names", "{here}/classes.json", "--class-filter", "a=b"], "no class of"),
         (["--class-filter", "a=b"], "class_filter: needs class_names"),
         (["--batch-size", "0"], "batch_size: got 0"),
+        (["--border", "-1"], "border: got -1"),
+        (["--border", "8"], "border: 8 leaves nothing of train.tar/000, 16 x 16 pixels"),
         (["--output", "{here}/absent/figures.json"], "output: no such folder"),
     ],
 )
@@ -252,7 +254,25 @@ def test_evaluation_writes_its_figures(workplace, finished, capsys):
     assert figures["samples"] == 48
     assert figures["zero_shot"]["classes"] == 3
     assert figures["zero_shot"]["templates"] == 2
-    assert "zero-shot class" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "zero-shot class" in told
+    assert "caption to picture" in told
+    # 80 columns are enough for every figure.
+    assert "…" not in told
+
+
+def test_an_evaluation_leaves_out_what_the_label_map_does(workplace, finished, capsys):
+    classes = [{"label": label, "name": WORDS[label]} for label in range(3)]
+    (workplace / "all.json").write_text(json.dumps({"classes": classes}))
+    (workplace / "map.json").write_text(json.dumps({"0": 0, "1": [1], "2": []}))
+    output = workplace / "part.json"
+    arguments = ["eval", "--run-dir", finished, "--data", workplace / "train.tar", "--output", output]
+    arguments += ["--class-names", workplace / "all.json", "--label-map", workplace / "map.json", "--border", 2]
+    main([str(argument) for argument in [*arguments, "--candidates", "mapped"]])
+    assert "left out: 16 samples" in capsys.readouterr().out
+    figures = json.loads(output.read_text())
+    assert (figures["samples"], figures["left_out"]) == (32, 16)
+    assert figures["zero_shot"]["classes"] == 2
 
 
 def test_a_finished_run_started_again_does_nothing(workplace, finished, capsys):

@@ -214,19 +214,18 @@ class BatchMaker:
 
     def _candidates(self, wanted: int) -> Iterator[int]:
         """The sample, the others of its shard, and then all."""
+        yield wanted
         if self._encoded is not None:
             shard = self._encoded.range_of(int(self._encoded.shard_of(np.array(wanted))))
-            yield from range(wanted, shard.stop)
+            yield from range(wanted + 1, shard.stop)
             yield from range(shard.start, wanted)
         for sample in range(wanted, wanted + self.order.num_samples):
             yield sample % self.order.num_samples
 
     def _open(self, sample: int) -> _Opened:
         if self._encoded is not None and not self.in_memory:
-            picture = self._encoded.encoded(sample)
-        else:
-            picture = self._cache.picture(sample)
-        return _Opened(sample, picture, self._source.captions(sample))
+            return _Opened(sample, *self._encoded.encoded_and_captions(sample))
+        return _Opened(sample, self._cache.picture(sample), self._source.captions(sample))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Each shard is indexed once; members are read by position when asked for and neve
 
 from __future__ import annotations
 
+import bisect
 import collections
 import functools
 import hashlib
@@ -44,6 +45,8 @@ _INDEXED_SAMPLES = 1_000_000
 # A smaller shard is walked faster than its index is looked up.
 _WORTH_KEEPING = 16 << 20
 _INDEX_THREADS = 8
+# Members of a sample that lie so near each other are read together, with what is between them.
+_WORTH_SKIPPING = 16 << 10
 
 
 class ShardSource:
@@ -90,6 +93,8 @@ class ShardSource:
         self._start_indexes()
         sizes, self._bytes = self._index_all(on_progress)
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
+        # For single samples, which arrays are slow at.
+        self._start_list = self._starts.tolist()
         self.parts = np.split(sizes, np.cumsum([len(group) for group in groups])[:-1])
         bad_shards = sum(number for reason, number in self.skipped.items() if reason.startswith("shard: "))
         check_share("shards", bad_shards, len(self.shards), max_bad_share, self.skipped)
@@ -160,17 +165,17 @@ class ShardSource:
 
     def _locate(self, index: int) -> tuple[int, ShardIndex, int]:
         """A sample's shard, that shard's index, and the row in it."""
-        shard = int(np.searchsorted(self._starts, index, "right")) - 1
+        shard = bisect.bisect_right(self._start_list, index) - 1
         found = self._indexes.get(shard)
         if found is None:
             try:
                 found = self._load_index(self.shards[shard])
             except OSError as error:
                 raise UnreadablePicture(self.shards[shard], "shard: cannot be read") from error
-            if len(found) != self._starts[shard + 1] - self._starts[shard]:
+            if len(found) != self._start_list[shard + 1] - self._start_list[shard]:
                 raise UserError(f"data: {self.shards[shard]}: changed since this run started")
             self._remember(shard, found)
-        return shard, found, index - int(self._starts[shard])
+        return shard, found, index - self._start_list[shard]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -182,7 +187,15 @@ class ShardSource:
           UnreadablePicture: it is none; the message names shard and key.
         """
         shard, table, row = self._locate(index)
-        content = self._read(shard, table, row, IMAGE)
+        return self._opened(shard, table, row, self._read(shard, table, row, IMAGE)[0])
+
+    def encoded_and_captions(self, index: int) -> tuple[EncodedPicture, tuple[str, ...]]:
+        """`encoded` and `captions`, read at once. Raises as they do."""
+        shard, table, row = self._locate(index)
+        content, text = self._read(shard, table, row, IMAGE, _caption_column(table, row))
+        return self._opened(shard, table, row, content), self._texts(shard, table, row, text)
+
+    def _opened(self, shard: int, table: ShardIndex, row: int, content: bytes) -> EncodedPicture:
         try:
             return EncodedPicture(content, IMAGE_EXTENSIONS[table.kinds[row] & 0x7F])
         except DecodeError as error:
@@ -203,15 +216,21 @@ class ShardSource:
     def captions(self, index: int) -> tuple[str, ...]:
         """The sample's texts."""
         shard, table, row = self._locate(index)
-        if table.has_several(row):
-            return several_captions(parse_json(self._read(shard, table, row, JSON)))
-        text = self._read(shard, table, row, TEXT).decode("utf-8", "replace").strip()
-        text = text or single_caption(parse_json(self._read(shard, table, row, JSON)))
+        (content,) = self._read(shard, table, row, _caption_column(table, row))
+        return self._texts(shard, table, row, content)
+
+    def _texts(self, shard: int, table: ShardIndex, row: int, content: bytes) -> tuple[str, ...]:
+        """The texts in the caption's column of a sample."""
+        if _caption_column(table, row) == JSON:
+            return several_captions(parse_json(content))
+        text = content.decode("utf-8", "replace").strip()
+        if not text:
+            text = single_caption(parse_json(*self._read(shard, table, row, JSON)))
         return (text,) if text else ()
 
     def metadata(self, index: int) -> dict[str, Any]:
         """The sample's json; empty where there is none or it is no json object."""
-        return parse_json(self._read(*self._locate(index), JSON))
+        return parse_json(*self._read(*self._locate(index), JSON))
 
     def key(self, index: int) -> str:
         """Shard file name and the sample's key in it."""
@@ -226,8 +245,9 @@ class ShardSource:
     def members(self, index: int) -> dict[int, bytes]:
         """The bytes of a sample's picture, text and json, by column; those that are there."""
         shard, table, row = self._locate(index)
-        found = {column: self._read(shard, table, row, column) for column in (IMAGE, TEXT, JSON)}
-        return {column: content for column, content in found.items() if content}
+        columns = (IMAGE, TEXT, JSON)
+        contents = self._read(shard, table, row, *columns)
+        return {column: content for column, content in zip(columns, contents, strict=True) if content}
 
     def encoded_bytes(self) -> int:
         """Bytes of all pictures."""
@@ -239,7 +259,7 @@ class ShardSource:
 
     def range_of(self, shard: int) -> range:
         """The samples of a shard."""
-        return range(int(self._starts[shard]), int(self._starts[shard + 1]))
+        return range(self._start_list[shard], self._start_list[shard + 1])
 
     def is_remote(self) -> bool:
         """Whether any shard is fetched before it is read."""
@@ -259,23 +279,34 @@ class ShardSource:
         """Room for copies of remote shards."""
         return self._cache.max_bytes
 
-    def _read(self, shard: int, table: ShardIndex, row: int, column: int) -> bytes:
-        size = int(table.sizes[row, column])
-        if not size:
-            return b""
+    def _read(self, shard: int, table: ShardIndex, row: int, *columns: int) -> list[bytes]:
+        """A sample's members; empty where it has none."""
+        spans = [(int(table.offsets[row, column]), int(table.sizes[row, column])) for column in columns]
+        wanted = [(start, start + size) for start, size in spans if size]
+        if not wanted:
+            return [b""] * len(spans)
+        first, last = min(start for start, _ in wanted), max(end for _, end in wanted)
         name = self.shards[shard]
         try:
             # Opened each time: no handles to share between threads, to run out of, or to carry into another process.
             file = self._cache.open(name) if is_remote(name) else os.open(name, os.O_RDONLY)
             try:
-                content = os.pread(file, size, int(table.offsets[row, column]))
+                if last - first <= sum(size for _, size in spans) + _WORTH_SKIPPING:
+                    content = os.pread(file, last - first, first)
+                    found = [content[start - first : start - first + size] if size else b"" for start, size in spans]
+                else:
+                    found = [os.pread(file, size, start) if size else b"" for start, size in spans]
             finally:
                 os.close(file)
         except OSError as error:
             raise UnreadablePicture(name, "shard: cannot be read") from error
-        if len(content) < size:
+        if any(len(part) < size for part, (_, size) in zip(found, spans, strict=True)):
             raise UnreadablePicture(name, "shard: shorter than when it was indexed")
-        return content
+        return found
+
+
+def _caption_column(table: ShardIndex, row: int) -> int:
+    return JSON if table.has_several(row) else TEXT
 
 
 @functools.cache

@@ -78,6 +78,10 @@ class EncodedSource(Source, Protocol):
         """The picture before it is decoded. Raises UnreadablePicture where even its header cannot be read."""
         ...
 
+    def encoded_and_captions(self, index: int) -> tuple[EncodedPicture, tuple[str, ...]]:
+        """`encoded` and `captions`, read at once. Raises as they do."""
+        ...
+
     def encoded_bytes(self) -> int:
         """Bytes of all pictures."""
         ...

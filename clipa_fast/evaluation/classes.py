@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from clipa_fast.errors import UserError
+from clipa_fast.evaluation.objectnet import read_objectnet_map
 from clipa_fast.evaluation.templates import check_templates
 
 IMAGENET = "imagenet"
@@ -37,8 +38,10 @@ class LabelledSamples:
     """Samples' classes among the candidates."""
 
     classes: ClassList
+    kept: np.ndarray
+    """int [N], the samples that have one; a label map may have no class for the others."""
     rows: np.ndarray
-    """int [N], a right class of each sample."""
+    """int [N], a right class of each of them."""
     equivalent: np.ndarray
     """int [C], equal for classes that count as one another."""
 
@@ -81,13 +84,19 @@ def read_classes(source: str | Path, class_filter: str | None = None) -> ClassLi
 
 
 def read_label_map(path: Path) -> dict[str, list[Any]]:
-    """A JSON object from a data set's labels (folder names) to one label of the class list each, or several.
+    """A map from a data set's labels (folder names) to labels of the class list.
 
-    Several make the classes count as one another, as ObjectNet's objects cover several ImageNet classes.
+    Several labels make their classes count as one another, as ObjectNet's objects cover several ImageNet classes; none
+    (an empty list) leaves the samples out.
+
+    Args:
+      path: a JSON object of label to label or list of labels, or ObjectNet's own folder `mappings`.
 
     Raises:
       UserError: no such file, or no such object in it.
     """
+    if path.is_dir():
+        return read_objectnet_map(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {str(name): list(value) if isinstance(value, list) else [value] for name, value in content.items()}
@@ -109,14 +118,15 @@ def match_labels(
     A label is a class's "label", "wnid" or "name", as a number or text; with `label_map` first looked up there.
 
     Args:
-      labels: of the N samples.
+      labels: of all samples.
       classes: the class list.
       label_map: see `read_label_map`.
       candidates: "all" classes of the list, those of the map ("mapped"), or those that samples have ("present").
       name_of: a sample's name, for messages.
 
     Raises:
-      UserError: a sample whose label is no class's (the message names it), or a class mapped twice.
+      UserError: a sample whose label is no class's and not in the map (the message names it), a class mapped twice,
+        or no sample with a class.
     """
     if candidates not in ("all", "mapped", "present") or (candidates == "mapped" and label_map is None):
         raise UserError(f"candidates: got {candidates!r}; accepted: all, present, and with a label_map mapped")
@@ -133,22 +143,26 @@ def match_labels(
         if rows:
             groups[rows], of_label[name] = rows[0], rows[0]
             mapped |= set(rows)
-    unknown = next((row for row, label in enumerate(labels) if _as_text(label) not in of_label), None)
+    known = of_label.keys() | (label_map or {}).keys()
+    unknown = next((row for row, label in enumerate(labels) if _as_text(label) not in known), None)
     if unknown is not None:
         by_way = "" if label_map is None else " by way of the label_map"
         raise UserError(
             f"data: sample {name_of(unknown)} has label {labels[unknown]!r}, which is none of the"
             f" {len(classes.entries)} candidate classes of {classes.where}{by_way}"
         )
-    rows = np.array([of_label[_as_text(label)] for label in labels], np.int64)
+    kept = np.array([row for row, label in enumerate(labels) if _as_text(label) in of_label], np.int64)
+    if not len(kept):
+        raise UserError(f"label_map: maps no sample to one of the {len(classes.entries)} classes of {classes.where}")
+    rows = np.array([of_label[_as_text(labels[row])] for row in kept], np.int64)
     if candidates == "all":
-        return LabelledSamples(classes, rows, groups)
+        return LabelledSamples(classes, kept, rows, groups)
     wanted = sorted(mapped) if candidates == "mapped" else np.flatnonzero(np.isin(groups, groups[rows])).tolist()
     new_row = {old: new for new, old in enumerate(wanted)}
-    kept = ClassList(classes.where, tuple(classes.entries[row] for row in wanted), classes.templates)
+    chosen = ClassList(classes.where, tuple(classes.entries[row] for row in wanted), classes.templates)
     # A group's name is its first class, which every member is there with.
     equivalent = np.array([new_row[groups[row]] for row in wanted], np.int64)
-    return LabelledSamples(kept, np.array([new_row[row] for row in rows], np.int64), equivalent)
+    return LabelledSamples(chosen, kept, np.array([new_row[row] for row in rows], np.int64), equivalent)
 
 
 def _as_text(label: Any) -> str:

@@ -71,8 +71,15 @@ class SavedDatasetSource:
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The sample's texts; none where there is no column of them."""
-        value = self._texts[index][self._caption] if self._caption else ()
-        return (value,) if isinstance(value, str) else tuple(value)
+        value = self._texts[index][self._caption] if self._caption else None
+        if isinstance(value, dict):
+            # Karpathy's sentences: a column of texts among those of tokens and numbers.
+            value = value.get("raw")
+        values = [value] if isinstance(value, str) or value is None else value
+        texts = [text.get("raw") if isinstance(text, dict) else text for text in values]
+        if any(not isinstance(text, str | None) for text in texts):
+            raise UserError(f"data: column {self._caption} of {self.name} holds {texts[0]!r}; accepted: texts")
+        return tuple(text.strip() for text in texts if text and text.strip())
 
     def metadata(self, index: int) -> dict[str, Any]:
         """The label, where there is a column of labels."""

@@ -71,11 +71,13 @@ def class_embeddings(
       float32 [C, D], L2-normalised.
 
     Raises:
-      UserError: no name, a bad template, features that are not finite or whose mean is zero.
+      UserError: no name or one that is no text, a bad template, features that are not finite or whose mean is zero.
     """
     templates = check_templates(templates)
     if not names:
         raise UserError("names: expected at least one class name, got none")
+    if (wrong := next((name for name in names if not isinstance(name, str)), None)) is not None:
+        raise UserError(f"names: expected texts, got {wrong!r}")
     per_call = max(1, _PROMPTS_AT_ONCE // len(templates))
     embeddings = []
     for start in range(0, len(names), per_call):

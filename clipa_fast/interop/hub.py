@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -32,9 +34,12 @@ def fetch(uri: str, wanted: Sequence[str], one_of: Sequence[str] = ()) -> Path:
             f"{uri}: needs huggingface_hub, which is not installed; pip install 'clipa-fast[interop]'"
         ) from None
 
+    download = hub.hf_hub_download  # imported when first asked for, which sets up the library's log
+
     def find(file: str) -> Path | None:
         try:
-            return Path(hub.hf_hub_download(name, file, revision=revision or None))
+            with _warnings_held_back():
+                return Path(download(name, file, revision=revision or None))
         except errors.LocalEntryNotFoundError as error:
             raise UserError(f"{uri}: {file} is not in the local cache, and the hub cannot be reached") from error
         except errors.EntryNotFoundError:
@@ -51,3 +56,15 @@ def fetch(uri: str, wanted: Sequence[str], one_of: Sequence[str] = ()) -> Path:
     if not found:
         raise UserError(f"{uri}: none of {', '.join(wanted)} in it")
     return found[0].parent
+
+
+@contextlib.contextmanager
+def _warnings_held_back() -> Iterator[None]:
+    """The hub's library warns at every try to reach it; what is raised at last says all."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

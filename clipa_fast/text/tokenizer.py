@@ -215,15 +215,31 @@ class WordPieceTokenizer:
         classes = self._classes if reduction == "syntax" else None
         tokens = np.zeros((len(captions), length), dtype=np.int32)
         tokens[:, 0] = self.cls_id
-        kept = reduce_pieces(self.pieces(captions), length - specials, reduction, rng=rng, classes=classes)
+        pieces = self._first_pieces(captions, length - specials) if reduction == "truncate" else self.pieces(captions)
+        kept = reduce_pieces(pieces, length - specials, reduction, rng=rng, classes=classes)
         tokens[:, 1 : 1 + kept.shape[1]] = kept if self.rule == "clipa" else np.where(kept == self.sep_id, 0, kept)
         return tokens
 
     def pieces(self, captions: Sequence[str]) -> Pieces:
         """All word pieces of B captions, without special tokens."""
-        captions = _checked_captions(captions)
-        if self.rule == "open_clip":
-            captions = [repair_text(caption) for caption in captions]
+        return self._pieces(self._repaired(_checked_captions(captions)))
+
+    def _repaired(self, captions: list[str]) -> list[str]:
+        return [repair_text(caption) for caption in captions] if self.rule == "open_clip" else captions
+
+    def _first_pieces(self, captions: list[str], count: int) -> Pieces:
+        """At least the first `count` pieces of each caption, or all that there are."""
+        captions = self._repaired(captions)
+        # A space ends a word whatever surrounds it, so what comes before tells nothing of what comes after.
+        shortened = [" ".join(caption.split(" ", count)[:count]) for caption in captions]
+        pieces = self._pieces(shortened)
+        # Of some words nothing is left: empty ones between two spaces, or control characters.
+        few = (np.diff(pieces.offsets) < count).tolist()
+        if any(few[row] and len(shortened[row]) < len(caption) for row, caption in enumerate(captions)):
+            return self._pieces(captions)
+        return pieces
+
+    def _pieces(self, captions: list[str]) -> Pieces:
         rows = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(captions, add_special_tokens=False)]
         offsets = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum([len(row) for row in rows], out=offsets[1:])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import tarfile
 
@@ -266,3 +267,26 @@ def test_real_data(shared, folder, pattern, count, shape):
         expected = tuple(text.strip() for text in record.get("captions", [record["caption"]]))
         assert source.captions(index) == expected
         assert source.key(index).endswith(record["key"])
+
+
+def test_picture_and_captions_are_read_at_once(tmp_path, monkeypatch):
+    """With one call where they lie near each other, and without what is between them where they do not."""
+    members = [("a.png", png(0)), ("a.txt", b"near"), ("b.png", png(1)), ("b.json", b'{"caption": "by json"}')]
+    members += [("c.png", png(2)), ("c.bin", bytes(1 << 20)), ("c.txt", b"far"), ("d.txt", b" "), ("d.png", png(3))]
+    members += [("d.json", b'{"caption": "instead"}'), ("e.png", png(4)), ("e.json", b'{"captions": ["one", "two"]}')]
+    source = ShardSource(write_tar(tmp_path / "a.tar", members))
+    expected = [("near",), ("by json",), ("far",), ("instead",), ("one", "two")]
+    read, pread = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, offset: (read.append(size), pread(file, size, offset))[1])
+    for index, captions in enumerate(expected):
+        picture, texts = source.encoded_and_captions(index)
+        np.testing.assert_array_equal(picture.rgb(), source.encoded(index).rgb())
+        assert texts == source.captions(index) == captions
+    read.clear()
+    source.encoded_and_captions(0)
+    assert len(read) == 1
+    assert max(read) < 4096
+    read.clear()
+    source.encoded_and_captions(2)
+    assert len(read) == 2
+    assert max(read) < 4096

@@ -12,6 +12,7 @@ from clipa_fast.evaluation.captions_file import read_captions
 from clipa_fast.evaluation.classes import match_labels, read_classes, read_label_map
 from clipa_fast.evaluation.image_folder import ImageFolderSource
 from clipa_fast.evaluation.open_data import open_evaluation_data
+from clipa_fast.evaluation.part_of_source import PartOfSource
 from clipa_fast.evaluation.ranking import RightAnswers, rank_scores
 from clipa_fast.evaluation.standard_figures import standard_retrieval, standard_zero_shot, top_k_indices
 from clipa_fast.evaluation.templates import find_templates
@@ -85,6 +86,58 @@ def test_a_map_makes_classes_count_as_one_another(tmp_path):
         match_labels(["cat"], classes, label_map)
     with pytest.raises(UserError, match="is there twice"):
         match_labels(["a"], classes, {"a": [0], "b": [0]})
+
+
+def test_labels_mapped_to_no_class_are_left_out():
+    classes = read_classes("imagenet")
+    matched = match_labels(["cup", "fish", "cup"], classes, {"fish": [0, 3], "cup": []}, "mapped")
+    assert matched.kept.tolist() == [1]
+    assert matched.rows.tolist() == [0]
+    with pytest.raises(UserError, match="label_map: maps no sample to one of the 1000 classes of imagenet"):
+        match_labels(["cup"], classes, {"cup": []})
+    with pytest.raises(UserError, match="has label 'cat', which is none of"):
+        match_labels(["cat", "fish"], classes, {"fish": [0]})
+
+
+def write_mappings(folder, first):
+    """ObjectNet's four files, small: its numbers of ImageNet's classes are in an order of their own."""
+    folder.mkdir()
+    files = {
+        "folder_to_objectnet_label.json": {
+            "alarm_clock": "Alarm clock",
+            "fish": "Fish",
+            "air_freshener": "Air freshener",
+        },
+        "objectnet_to_imagenet_1k.json": {"Alarm clock": "analog clock; digital clock", "Fish": "tench, Tinca tinca"},
+        "pytorch_to_imagenet_2012_id.json": {"0": first + 2, "409": first, "530": first + 1},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    (folder / "imagenet_to_label_2012_v2").write_text("analog clock\ndigital clock\ntench, Tinca tinca\n")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_objectnets_own_mappings(tmp_path, first):
+    write_mappings(tmp_path / "mappings", first)
+    label_map = read_label_map(tmp_path / "mappings")
+    assert label_map == {"alarm_clock": [409, 530], "fish": [0], "air_freshener": []}
+    (tmp_path / "mappings" / "imagenet_to_label_2012_v2").write_text("analog clock\n")
+    with pytest.raises(UserError, match=r"label_map: the files in .* do not fit each other"):
+        read_label_map(tmp_path / "mappings")
+    (tmp_path / "mappings" / "imagenet_to_label_2012_v2").unlink()
+    with pytest.raises(UserError, match="lacks imagenet_to_label_2012_v2; accepted: a JSON file, or"):
+        read_label_map(tmp_path / "mappings")
+
+
+def test_some_samples_without_their_border(tmp_path):
+    for name in ("a", "b"):
+        write_picture(tmp_path / name / "x.png")
+    source = ImageFolderSource(tmp_path)
+    part = PartOfSource(source, np.array([1]), border=2)
+    assert (len(part), part.key(0), part.metadata(0), part.captions(0)) == (1, "b/x.png", {"label": "b"}, ())
+    np.testing.assert_array_equal(part.picture(0), source.picture(1)[2:-2, 2:-2])
+    with pytest.raises(UserError, match=r"border: 5 leaves nothing of b/x\.png, 12 x 10 pixels"):
+        PartOfSource(source, np.array([1]), border=5).picture(0)
 
 
 def test_a_list_of_names(tmp_path):
@@ -185,6 +238,24 @@ def test_a_saved_dataset(tmp_path):
     np.testing.assert_array_equal(source.picture(2)[0, 0], [20, 0, 0])
     with pytest.raises(UserError, match="split: got None; accepted: test, train"):
         open_evaluation_data([str(tmp_path / "set")])
+
+
+def test_captions_of_a_saved_dataset_in_other_forms(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    image = [Image.new("RGB", (6, 5))] * 2
+    forms = {
+        "lists": {"sentences": [[{"raw": "a", "imgid": 1}, {"raw": "b", "imgid": 1}], [{"raw": "c", "imgid": 2}]]},
+        "columns": {"sentences": [{"raw": ["a", "b"]}, {"raw": ["c"]}]},
+        "some": {"caption": [["a ", "", "b"], ["c", None]]},
+    }
+    for name, column in forms.items():
+        data = datasets.Dataset.from_dict({"image": image, **column}).cast_column("image", datasets.Image())
+        data.save_to_disk(str(tmp_path / name))
+        source = open_evaluation_data([str(tmp_path / name)])
+        assert [source.captions(index) for index in range(2)] == [("a", "b"), ("c",)], name
+    datasets.Dataset.from_dict({"image": image, "text": [[1], [2]]}).save_to_disk(str(tmp_path / "numbers"))
+    with pytest.raises(UserError, match=r"column text of .*numbers holds 1; accepted: texts"):
+        open_evaluation_data([str(tmp_path / "numbers")]).captions(0)
 
 
 # Intervals.

@@ -45,13 +45,28 @@ def test_any_number_of_rows(model, count):
 
 def test_what_is_no_picture(model, tmp_path):
     (tmp_path / "text.jpg").write_text("no picture")
-    for wrong in (np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 4), np.uint8), 7, tmp_path / "absent.png"):
-        with pytest.raises(UserError, match="images: "):
-            model.encode_image([wrong])
+    several = (np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 4), np.uint8), 7, tmp_path / "absent.png")
+    for wrong in (*several, None, Image.new("F", (4, 4)), np.zeros((3, 9, 9), np.uint8)):
+        for images in (wrong, [wrong]):
+            with pytest.raises(UserError, match="images: "):
+                model.encode_image(images)
     with pytest.raises(UserError, match=r"text\.jpg cannot be"):
         model.encode_image([tmp_path / "text.jpg"])
     with pytest.raises(UserError, match="tokens: expected integers"):
         model.encode_tokens(np.zeros((2, LENGTH + 1), np.int32))
+    for wrong in (-1, model.config.vocab_size):
+        with pytest.raises(UserError, match="tokens: expected 0 to "):
+            model.encode_tokens(np.full((2, LENGTH), wrong))
+
+
+def test_what_is_no_text(model):
+    for wrong in (None, 7, b"a dog"):
+        with pytest.raises(UserError, match="texts: got"):
+            model.encode_text(wrong)
+        with pytest.raises(UserError, match="captions: number 1 is a"):
+            model.tokenize(["a dog", wrong])
+    with pytest.raises(UserError, match="names: expected texts, got 7"):
+        model.classify([], ["cat", 7])
 
 
 def test_texts_are_tokenized_as_the_model_was_trained(model, tokenizer):

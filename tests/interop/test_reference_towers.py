@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clipa_kernels import contrastive_loss, flat_attention
+from clipa_kernels import contrastive_loss, flat_attention, gpu
+from clipa_kernels.attention_problem import AttentionOperands, describe_flat_attention
+from clipa_kernels.contrastive_problem import ContrastiveOperands, describe_contrastive_loss
 from flax import nnx
 from safetensors.numpy import load_file
 
@@ -40,8 +42,21 @@ def tower(request, shared):
     return open_pretrained(folder), load_file(folder / "io.safetensors")
 
 
-def loss_and_gradients(model, expected):
-    graphdef = graph(model.config, model.image_size, model.text_length)
+def gpu_attention(query, key, value, *, implementation, **options):
+    """`flat_attention` by the GPU kernels, interpreted."""
+    problem = describe_flat_attention(query, key, value, **options)
+    return gpu.attention.attention(problem, AttentionOperands(query, key, value), interpret=True)[0]
+
+
+def gpu_loss(image, text, logit_scale, *, implementation):
+    """`contrastive_loss` by the GPU kernels, interpreted."""
+    problem = describe_contrastive_loss(image, text, logit_scale)
+    return gpu.contrastive.loss(problem, ContrastiveOperands(image, text, logit_scale), interpret=True)[0]
+
+
+def loss_and_gradients(model, expected, implementation, loss=contrastive_loss):
+    config = dataclasses.replace(model.config, attention=implementation)
+    graphdef = graph(config, model.image_size, model.text_length)
     image, text = expected["image"].transpose(0, 2, 3, 1), expected["text"].astype(np.int32)
 
     @jax.jit
@@ -49,19 +64,20 @@ def loss_and_gradients(model, expected):
     def run(params):
         merged = nnx.merge(graphdef, params)
         features = l2_normalize(merged.vision(image)), l2_normalize(merged.text(text))
-        return contrastive_loss(*features, jnp.exp(merged.log_logit_scale[...])), features
+        return loss(*features, jnp.exp(merged.log_logit_scale[...]), implementation=implementation), features
 
     return run(jax.tree.map(jnp.asarray, model.read_params()))
 
 
-@pytest.mark.parametrize("implementation", ["xla", "tpu", "gpu"])
-def test_features_loss_and_gradients_equal_open_clips(tower, implementation):
+@pytest.mark.parametrize("implementation", ["xla", "tpu", pytest.param("gpu", marks=pytest.mark.slow)])
+def test_features_loss_and_gradients_equal_open_clips(tower, implementation, monkeypatch):
     model, expected = tower
+    loss = contrastive_loss
     if implementation == "gpu":
-        pytest.skip("the GPU kernels have no interpreter here")
-    config = dataclasses.replace(model.config, attention=implementation)
+        monkeypatch.setattr(transformer, "flat_attention", gpu_attention)
+        loss = gpu_loss
     with interpreter() if implementation == "tpu" else contextlib.nullcontext():
-        (loss, features), gradients = loss_and_gradients(dataclasses.replace(model, config=config), expected)
+        (loss, features), gradients = loss_and_gradients(model, expected, implementation, loss)
     np.testing.assert_allclose(features[0], expected["image_features"], rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(features[1], expected["text_features"], rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(loss, expected["loss"][0], rtol=0, atol=TOLERANCE)
@@ -96,5 +112,5 @@ def test_attention_is_causal_where_the_model_is(monkeypatch, tower):
     called = []
     monkeypatch.setattr(transformer, "flat_attention", lambda *a, **k: called.append(k) or flat_attention(*a, **k))
     model, expected = tower
-    loss_and_gradients(model, expected)
+    loss_and_gradients(model, expected, "xla")
     assert {options["is_causal"] for options in called} == {False, model.config.convention == "openai"}

@@ -118,6 +118,13 @@ def npz_arrays(config, params):
     return {name: tensor.read() for name, tensor in tensors.items()}
 
 
+def test_a_picture_size_of_zero_is_none(tmp_path):
+    config = small("clipa")
+    np.savez(tmp_path / "model.npz", **npz_arrays(config, random_params(config)))
+    with pytest.raises(UserError, match="image_size: 0 px"):
+        open_pretrained(tmp_path / "model.npz", image_size=0).read_params()
+
+
 @pytest.mark.parametrize("layout", ["params/", "opt/target/", ""])
 def test_an_npz_in_any_of_its_layouts(tmp_path, layout):
     config = small("clipa")

@@ -1,5 +1,6 @@
 """WordPiece against an independent one in plain Python, CLIPA's rule for rows, files, training and wrong input."""
 
+import itertools
 import json
 import os
 import pickle
@@ -375,3 +376,26 @@ def test_wrong_training_input_is_named():
             WordPieceTokenizer.train(nothing, 100)
     with pytest.raises(UserError, match=r"^captions: a single text"):
         WordPieceTokenizer.train("cat", 100)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(
+        st.sampled_from([*WORDS, "unbelievable", "  ", "\x1c", "a\x1cb", "\u0301", "e\u0301", "\t", "[SEP]", ",", ""])
+    ),
+    st.integers(3, 9),
+    st.sampled_from(["clipa", "open_clip"]),
+)
+@example(["\x00", "\x07", "", "", "cat"], 3, "clipa")
+def test_what_is_cut_off_unseen_tells_nothing_of_what_is_kept(words, length, rule):
+    """A row is the beginning of the whole caption's pieces, though not all of the caption is looked at."""
+    if rule == "open_clip":
+        pytest.importorskip("ftfy")
+    tokenizer = WordPieceTokenizer(VOCABULARY, rule=rule)
+    captions = [" ".join(words), "the red dog " * 3]
+    pieces = tokenizer.pieces(captions)
+    room = length - (1 if rule == "clipa" else 2)
+    for row, (start, stop) in enumerate(itertools.pairwise(pieces.offsets.tolist())):
+        expected = pieces.ids[start:stop][:room].tolist()
+        expected = [0 if rule == "open_clip" and piece == tokenizer.sep_id else piece for piece in expected]
+        assert tokenizer(captions, length)[row, 1 : 1 + len(expected)].tolist() == expected
