@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow test-interop lint clean
+.PHONY: demo test slow test-interop lint docs clean
 
 demo: $(VENV)/.installed
 	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/clipa-fast demo
@@ -23,6 +23,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check clipa_fast kernels bench tools
 
+# The site, in build/site. Reads the packages' text without importing them.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
 clean:
 	rm -rf $(VENV) $(VENV)-interop build dist runs
 
@@ -36,6 +40,12 @@ $(VENV)/.dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -e '.[dev]'
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.docs: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e '.[docs]'
 	touch $@ $(VENV)/.installed
 
 $(VENV)-interop/.installed: pyproject.toml
