@@ -177,8 +177,12 @@ def products() -> Svg:
     _matrix(svg, 24, 50, 2 * cell, h, "K", f"{rows} keys x {group.width} lanes", both)
     svg.text(154, 50 + h / 2 + 5, "·", "middle", 22)
     tall = 2 * h
-    stacked = [(0, 0, cell, h, one, "A"), (cell, 0, cell, h, "#ffffff", "0")]
-    stacked += [(0, h, cell, h, "#ffffff", "0"), (cell, h, cell, h, two, "B")]
+    stacked = [
+        (0, 0, cell, h, one, "A"),
+        (cell, 0, cell, h, "#ffffff", "0"),
+        (0, h, cell, h, "#ffffff", "0"),
+        (cell, h, cell, h, two, "B"),
+    ]
     _matrix(
         svg, 172, 50, 2 * cell, tall, "Qᵀ, stacked (drawn as Q)", f"{columns.total} rows x {group.width} lanes", stacked
     )
