@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Where test-interop looks for torch first: builds without CUDA's libraries, a tenth of the size. Else the usual index.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test slow test-interop lint clean
+.PHONY: demo test slow test-interop lint docs clean
 
 demo: $(VENV)/.installed
 	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/clipa-fast demo
@@ -25,6 +25,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check clipa_fast kernels bench tools
 
+# The site, in build/site. Reads the packages' text without importing them.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
 clean:
 	rm -rf $(VENV) $(VENV)-interop build dist runs
 
@@ -38,6 +42,12 @@ $(VENV)/.dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -e '.[dev]'
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.docs: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e '.[docs]'
 	touch $@ $(VENV)/.installed
 
 $(VENV)-interop/.installed: pyproject.toml

@@ -55,13 +55,13 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench loss", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batches", nargs="+", type=int, help="default 4096 16384 32768, on a CPU 512 1024 2048")
+    parser.add_argument("--batches", nargs="+", type=int, help="default 4096 16384 32768, on a CPU 1024 2048 4096")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default bfloat16, on a CPU float32")
     add_options(parser)
     options = parser.parse_args(argv)
     slow = not options.static and jax.default_backend() == "cpu"
-    batches = options.batches or ([512, 1024, 2048] if slow else [4096, 16384, 32768])
+    batches = options.batches or ([1024, 2048, 4096] if slow else [4096, 16384, 32768])
     dtype = options.dtype or ("float32" if slow else "bfloat16")
     for batch in batches:
         run_cases([case(batch, options.width, dtype, options.static)], options)

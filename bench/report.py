@@ -16,15 +16,21 @@ from importlib import resources
 from pathlib import Path
 
 from bench.history import HISTORY, MEASURED, Row, latest, read
-from bench.report_plots import Panel, all_panels
+from bench.report_plots import Panel, all_panels, tokens_of
 from clipa_fast.report.markup import UNKNOWN, escape, short, table
 
 _SMALL_SET = (
     ("attention", ["--lengths", "17", "50", "197", "--modes", "forward", "forward+backward", "--seconds", "8"]),
-    ("loss", ["--batches", "512", "1024", "2048", "--seconds", "8"]),
+    ("loss", ["--batches", "1024", "2048", "4096", "--seconds", "8"]),
     ("tower", ["--model", "S/16", "--stages", "64", "112", "224m30", "224", "--batch", "8", "--seconds", "10"]),
     ("train_step", ["--shapes", "17+8", "50+16", "--rounds", "3", "--warm-up", "1"]),
 )
+
+
+# Each row stands on one line.
+_STYLE = """body { max-width: 86rem; }
+@media (min-width: 40rem) { td { white-space: nowrap; } th, td { padding: 0.4rem 0.5rem; font-size: 0.86rem; } }
+"""
 
 
 def main(argv: list[str]) -> None:
@@ -61,7 +67,8 @@ def render(rows: Sequence[Row], panels: Sequence[Panel]) -> str:
     style = resources.files("clipa_fast.report").joinpath("page.css").read_text(encoding="utf-8")
     devices = sorted({f"{row.device} ({row.basis})" for row in rows})
     figures = "".join(
-        f'<section><h2>{escape(panel.title)}</h2><figure><img style="max-width:100%" alt="{escape(panel.title)}"'
+        f"<section><h2>{escape(panel.title)}</h2><figure>"
+        f'<img style="width:100%;max-width:{panel.columns * 26}rem" alt="{escape(panel.title)}"'
         f' src="data:image/png;base64,{base64.b64encode(panel.png).decode("ascii")}">'
         f"<figcaption>{escape(panel.caption)}</figcaption></figure></section>"
         for panel in panels
@@ -70,24 +77,44 @@ def render(rows: Sequence[Row], panels: Sequence[Panel]) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         "<title>clipa-fast: measurements</title>\n"
-        f"<style>\n{style}</style>\n</head>\n<body>\n<header><h1>clipa-fast: measurements</h1>"
+        f"<style>\n{style}{_STYLE}</style>\n</head>\n<body>\n<header><h1>clipa-fast: measurements</h1>"
         f'<p class="subtitle">{escape("; ".join(devices)) or "no rows"}</p></header>\n<main>{figures}'
         f"<section><h2>All rows</h2>{_rows_table(rows)}</section></main>\n</body>\n</html>\n"
     )
 
 
 def _rows_table(rows: Sequence[Row]) -> str:
-    head = ["op", "shape", "mode", "by", "device", "kind", "us", "20-80 %", "of bound", "peak MB", "items/s", "date"]
+    head = ["op", "shape", "mode", "by", "device", "us", "20-80 %", "of bound", "peak MB", "items/s", "date"]
     lines = []
-    for row in sorted(rows, key=lambda row: (row.op, row.chip, str(row.shape), row.mode, row.implementation)):
+    for row in sorted(rows, key=_order):
         spread = UNKNOWN
         if row.low_us is not None and row.high_us is not None:
             spread = f"{row.low_us:,.0f}-{row.high_us:,.0f}"
         fraction = UNKNOWN if row.fraction_of_bound is None else f"{100 * row.fraction_of_bound:.0f} %"
         memory = UNKNOWN if row.peak_bytes is None else short(row.peak_bytes / 1e6)
-        shape = ", ".join(f"{name} {value}" for name, value in row.shape.items())
-        cells = [row.op, f"{shape}, {row.dtype}", row.mode, row.implementation, row.chip]
-        kind = "measured" if row.basis == MEASURED else "static estimate"
+        device = row.chip if row.basis == MEASURED else f"{row.chip}, static estimate"
+        cells = [row.op, f"{_shape(row)}, {row.dtype}", row.mode, row.implementation, device]
         figures = [f"{row.median_us:,.0f}", spread, fraction, memory, short(row.items_per_second), row.date[:10]]
-        lines.append([*cells, kind, *figures])
-    return table(head, lines, text_columns=6)
+        lines.append([*cells, *figures])
+    note = (
+        "A CPU's bounds are measured beside the times: where other programs take turns on it, a row may exceed 100 %."
+    )
+    beyond = any(row.fraction_of_bound is not None and row.fraction_of_bound > 1 for row in rows)
+    return table(head, lines, text_columns=5) + (f'<p class="note">{note}</p>' if beyond else "")
+
+
+def _order(row: Row) -> tuple:
+    """By operation, device and model, then by tokens and batch as numbers, then who computed it."""
+    sizes = tokens_of(row) or 0, row.shape.get("batch", 0)
+    return row.op, row.chip, str(row.shape.get("model")), row.mode, *sizes, str(row.shape), row.implementation
+
+
+def _shape(row: Row) -> str:
+    """Its sizes in few words: 197 tokens, 12 x 64, batch 24."""
+    shape = dict(row.shape)
+    words = [shape.pop("model", None), shape.pop("stage", None)]
+    if "num_heads" in shape and "head_dim" in shape:
+        words.append(f"{shape.pop('num_heads')} x {shape.pop('head_dim')}")
+    tokens = shape.pop("seq_len", None) or shape.pop("tokens", None)
+    words.append(None if tokens is None else f"{tokens} tokens")
+    return ", ".join([*(word for word in words if word), *(f"{name} {value:,}" for name, value in shape.items())])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bench.history import MEASURED, Row
 from clipa_fast.config import ModelConfig
@@ -21,6 +21,7 @@ from clipa_fast.report.markup import short
 
 _COLORS = {"ours": "#0b6e99", "xla": "#d9730d", "jax": "#8f8f8f", "dense": "#8f8f8f", "open_clip": "#ad1a72"}
 _OTHERS = ("#448361", "#c14c8a", "#9065b0", "#cb912f")
+_ITEMS = {"attention": "sequences", "tower": "pictures", "input": "pictures"}  # else pairs
 _DPI = 120
 
 
@@ -32,6 +33,8 @@ class Panel:
     title: str
     caption: str
     png: bytes
+    columns: int
+    """How many plots stand side by side."""
 
 
 def all_panels(rows: Sequence[Row]) -> list[Panel]:
@@ -40,12 +43,12 @@ def all_panels(rows: Sequence[Row]) -> list[Panel]:
         (
             "throughput",
             "Throughput by token length",
-            "per second, medians",
-            _tokens,
-            lambda r: r.items_per_second,
+            "medians",
+            tokens_of,
+            _per_second,
             True,
         ),
-        ("bound", "Share of the device's bound", "1 is as fast as it can be", _tokens, _fraction, False),
+        ("bound", "Share of the device's bound", "1 is as fast as it can be", tokens_of, _fraction, False),
         ("memory", "Peak memory by batch", "MB, as XLA states it", _batch, _megabytes, True),
     )
     panels = []
@@ -92,7 +95,7 @@ def _draw(name: str, title: str, unit: str, groups: dict, x: Callable, y: Callab
     caption = f"{title}: {unit}. Newest row of each shape and implementation."
     if any("STATIC" in label for label in groups):
         caption += " Dashed: static estimates, compiled for a chip that was not there; nothing ran."
-    return Panel(name, title, caption, buffer.getvalue())
+    return Panel(name, title, caption, buffer.getvalue(), columns)
 
 
 def _draw_group(ax: Axes, label: str, rows: list[Row], x: Callable, y: Callable, axis: str, log: bool) -> None:
@@ -111,8 +114,11 @@ def _draw_group(ax: Axes, label: str, rows: list[Row], x: Callable, y: Callable,
     ticks = sorted({x(row) for row in rows})
     ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     ax.xaxis.set_minor_formatter(NullFormatter())
+    if y is _per_second:
+        ax.set_ylabel(f"{_ITEMS.get(rows[0].op, 'pairs')} / s", fontsize=8)
     if log:
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # a plot may span less than a decade
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         ax.yaxis.set_minor_formatter(NullFormatter())
     else:
@@ -122,7 +128,8 @@ def _draw_group(ax: Axes, label: str, rows: list[Row], x: Callable, y: Callable,
     ax.legend(fontsize=7)
 
 
-def _tokens(row: Row) -> int | None:
+def tokens_of(row: Row) -> int | None:
+    """Tokens of a sequence, or of a pair; None for what has none."""
     if "seq_len" in row.shape:
         return row.shape["seq_len"]
     if "tokens" in row.shape:
@@ -138,6 +145,10 @@ def _tokens(row: Row) -> int | None:
 def _batch(row: Row) -> int | None:
     # The batch of attention follows from its length.
     return None if row.op == "attention" else row.shape.get("batch")
+
+
+def _per_second(row: Row) -> float | None:
+    return row.items_per_second
 
 
 def _fraction(row: Row) -> float | None:
