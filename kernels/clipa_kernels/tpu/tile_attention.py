@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from clipa_kernels.tpu.compat import pl, pltpu
 from clipa_kernels.tpu.tiling import LANES, SUBLANES, HeadGroup, Tiling, round_up
 
 CHUNK = 2 * LANES  # columns of logits that are computed at a time
+PIECE = 32  # rows of logits that are worked on at a time
 FORWARD_STAGES = 3
 BACKWARD_STAGES = 5
 
@@ -45,6 +48,7 @@ class _Item:
     group_number: int
     columns: slice
     is_last: bool
+    statistics: Any  # which of the block's head groups
 
 
 def _chunks(tiling: Tiling, group: HeadGroup) -> range:
@@ -65,8 +69,10 @@ def _for_tiles(tiling: Tiling, work: Callable) -> None:
         items = []
         for slot in range(tiling.unroll):
             index = jnp.minimum(step * tiling.unroll + slot, steps - 1)
+            head = 0
             if tiling.looped_heads:
-                groups = [_looped_group(tiling, lax.rem(index, tiling.looped_heads))]
+                head = lax.rem(index, tiling.looped_heads)
+                groups = [_looped_group(tiling, head)]
                 index = lax.div(index, tiling.looped_heads)
             else:
                 groups = tiling.groups
@@ -76,7 +82,7 @@ def _for_tiles(tiling: Tiling, work: Callable) -> None:
                 for start in _chunks(tiling, group):
                     columns = slice(start, min(start + CHUNK, total))
                     number = slot * len(groups) + i
-                    items.append((stages, _Item(len(items), group, number, columns, columns.stop == total)))
+                    items.append((stages, _Item(len(items), group, number, columns, columns.stop == total, head + i)))
         lags = _lags(tiling, len(items[0][0]))
         for now in range(len(items) + lags[-1]):
             for stage, lag in enumerate(lags):
@@ -123,6 +129,14 @@ def _products_place(ref, item: _Item, columns: slice) -> tuple:
     return item.group_number % ref.shape[0], slice(None), columns
 
 
+def _row_place(ref, item: _Item) -> tuple:
+    return item.group_number % ref.shape[0], slice(0, 1), item.columns
+
+
+def _row_place_l(ref, item: _Item) -> tuple:
+    return item.number % ref.shape[0], slice(None), slice(0, item.columns.stop - item.columns.start)
+
+
 class _Window:
     """The rows of one tile in a block: where to load from, and which rows of it may be stored."""
 
@@ -145,6 +159,21 @@ class _Window:
         start, stop = group.heads[0]
         mine = (lane >= start) & (lane < stop) & (row >= self.offset)
         ref[place] = jnp.where(mine, x, ref[place].astype(jnp.float32)).astype(ref.dtype)
+
+    def queries_inside(self, item: _Item) -> jax.Array:
+        """[1, columns] bool: whether the query of a column belongs to the tile's sequence."""
+        columns = self.tiling.columns(item.group)
+        query = tm.query_rows(columns, len(item.group.heads), item.columns) - self.offset
+        return (query >= 0) & (query < self.tiling.length)
+
+    def statistics_place(self, item: _Item) -> tuple:
+        return self.sequence, pl.ds(item.statistics, 1), item.columns
+
+    def load_statistics(self, ref, item: _Item) -> jax.Array:
+        return ref[self.statistics_place(item)]
+
+    def store_statistics(self, ref, item: _Item, x: jax.Array) -> None:
+        ref[self.statistics_place(item)] = x
 
     def store(self, ref, lanes: slice, x: jax.Array) -> None:
         """Store [tile rows, lanes] without touching the rows before the tile's first sequence.
@@ -186,10 +215,10 @@ class _LaneTiles:
                 self.window.store(self.ref, slice(start, stop), total if self.scale == 1 else total * self.scale)
 
 
-def _softmax_of_tile(
-    tiling: Tiling, window: _Window, scale: float, is_causal: bool, bias_ref, lengths_ref, scratch: list, slot: int
-) -> Callable[[jax.Array, _Item], jax.Array]:
-    """A function (logits, item) -> probabilities that knows the tile's masks."""
+def _mask_of_tile(
+    tiling: Tiling, window: _Window, is_causal: bool, bias_ref, lengths_ref, scratch: list, slot: int
+) -> Callable[[jax.Array, slice, _Item], jax.Array]:
+    """A function (logits, their rows of the tile, item) -> logits that hides the keys which must not be seen."""
     source, index = bias_ref, window.offset
     if lengths_ref is not None:  # the mask of this tile is made once, for all heads
         (source,), index = scratch, slot
@@ -201,42 +230,41 @@ def _softmax_of_tile(
             seen |= (key >= start) & (key < start + lengths_ref[first + s])
         source[slot] = jnp.where(seen, bias_ref[window.offset], tm.MASKED)
 
-    unmasked = tiling.rows_always_seen if lengths_ref is None and not is_causal else slice(0, 0)
+    unmasked = tiling.rows_always_seen if lengths_ref is None else slice(0, 0)
 
-    def bias_of(rows: slice, width: int) -> jax.Array:
-        return jnp.concatenate([source[index, rows]] * (width // LANES), axis=1)
-
-    def softmax(logits: jax.Array, item: _Item) -> jax.Array:
-        if tiling.tile_rows <= LANES:
-            return tm.probabilities(logits + bias_of(slice(None), logits.shape[1]), scale)
-        columns = tiling.columns(item.group)
-        query = tm.query_rows(columns, len(item.group.heads), item.columns)
-        if is_causal:
-            key = lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+    def mask(logits: jax.Array, rows: slice, item: _Item) -> jax.Array:
+        if is_causal and tiling.is_long:
+            query = tm.query_rows(tiling.columns(item.group), len(item.group.heads), item.columns)
+            key = lax.broadcasted_iota(jnp.int32, logits.shape, 0) + rows.start
             logits = jnp.where(key <= query, logits, tm.MASKED)
-        parts = slice(0, unmasked.start), unmasked, slice(unmasked.stop, tiling.tile_rows)
-        logits = jnp.concatenate(
-            [
-                logits[rows] if rows is unmasked else logits[rows] + bias_of(rows, logits.shape[1])
-                for rows in parts
-                if rows.start < rows.stop
-            ],
-            axis=0,
-        )
-        query = query - window.offset
-        mine = jnp.where((query >= 0) & (query < tiling.length), 1.0, 0.0)
-        return tm.probabilities(logits, scale, mine)
+        if unmasked.start <= rows.start and rows.stop <= unmasked.stop:
+            return logits
+        return logits + jnp.concatenate([source[index, rows]] * (logits.shape[1] // LANES), axis=1)
 
-    return softmax
+    return mask
+
+
+def _pieces(tiling: Tiling) -> list[slice]:
+    """Rows of a tile's logits in pieces that registers can hold; the rows that need no mask stand by themselves."""
+    edges = tiling.rows_always_seen if tiling.is_long else slice(0, 0)
+    cuts = sorted({0, edges.start, edges.stop, tiling.tile_rows})
+    return [
+        slice(row, min(row + PIECE, stop))
+        for start, stop in zip(cuts, cuts[1:], strict=False)
+        for row in range(start, stop, PIECE)
+    ]
 
 
 def _forward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: bool, *refs):
     lengths_ref, refs = refs[0] if has_lengths else None, refs[has_lengths:]
-    query_ref, key_ref, value_ref, bias_ref, out_ref, logits_ref, probs_ref, *scratch = refs
+    query_ref, key_ref, value_ref, bias_ref, out_ref, *refs = refs
+    statistics_ref, refs = (refs[0], refs[1:]) if tiling.is_long else (None, refs)
+    logits_ref, probs_ref, *scratch = refs
+    sums_ref, scratch = (scratch[0], scratch[1:]) if tiling.is_long else (None, scratch)
 
     def work(tile, slot):
         window = _Window(tiling, tile)
-        softmax = _softmax_of_tile(tiling, window, scale, is_causal, bias_ref, lengths_ref, scratch, slot)
+        mask = _mask_of_tile(tiling, window, is_causal, bias_ref, lengths_ref, scratch, slot)
         out = _LaneTiles(tiling, window, out_ref, 1)
 
         def score(item):
@@ -246,27 +274,54 @@ def _forward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: 
             logits_ref[_logits_place(logits_ref, item)] = logits
 
         def normalize(item):
-            probs = softmax(logits_ref[_logits_place(logits_ref, item)], item)
+            logits = logits_ref[_logits_place(logits_ref, item)]
+            probs = tm.probabilities(mask(logits, slice(0, tiling.tile_rows), item), scale)
             probs_ref[_products_place(probs_ref, item, item.columns)] = probs.astype(probs_ref.dtype)
+
+        def weigh(item):
+            """Like `normalize`, but the sums wait, for the output to be divided by them."""
+            number, _, columns = _logits_place(logits_ref, item)
+            factor = scale / math.log(2)
+            pieces = _pieces(tiling)
+            top = jnp.full((SUBLANES, columns.stop), tm.LOWEST, jnp.float32)
+            for rows in pieces:
+                logits = mask(logits_ref[number, rows, columns], rows, item)
+                top = jnp.maximum(top, tm.by_registers(jnp.max, logits))
+            top, total = jnp.max(top, axis=0, keepdims=True), jnp.zeros_like(top)
+            for rows in pieces:
+                logits = mask(logits_ref[number, rows, columns], rows, item)
+                weights = jnp.exp2((logits - top) * factor)
+                total += tm.by_registers(jnp.sum, weights)
+                probs_ref[item.group_number % probs_ref.shape[0], rows, item.columns] = weights.astype(probs_ref.dtype)
+            total = jnp.sum(total, axis=0, keepdims=True)
+            mine = window.queries_inside(item) & (total > 0)
+            sums_ref[_row_place(sums_ref, item)] = jnp.where(mine, 1 / jnp.maximum(total, tm.TINY), 0)
+            window.store_statistics(statistics_ref, item, jnp.where(mine, top * factor + jnp.log2(total), -tm.MASKED))
 
         def combine(item):
             group, columns = item.group, tiling.columns(item.group)
             probs = probs_ref[_products_place(probs_ref, item, slice(0, columns.total))]
-            out.add(group, tm.sum_over_keys(probs, window.load(value_ref, group), group.heads, columns))
+            total = tm.sum_over_keys(probs, window.load(value_ref, group), group.heads, columns)
+            if tiling.is_long:
+                row = sums_ref[item.group_number % sums_ref.shape[0], :, : columns.total]
+                total *= tm.columns_as_rows(row, group.width, group.heads, columns)
+            out.add(group, total)
 
-        return score, normalize, combine
+        return score, weigh if tiling.is_long else normalize, combine
 
     _for_tiles(tiling, work)
 
 
 def _backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: bool, *refs):
     lengths_ref, refs = refs[0] if has_lengths else None, refs[has_lengths:]
-    query_ref, key_ref, value_ref, d_out_ref, bias_ref, d_query_ref, d_key_ref, d_value_ref, *scratch = refs
-    logits_ref, d_probs_ref, probs_ref, d_logits_ref, *scratch = scratch
+    query_ref, key_ref, value_ref, d_out_ref, *refs = refs
+    out_ref, statistics_ref, *refs = refs if tiling.is_long else (None, None, *refs)
+    bias_ref, d_query_ref, d_key_ref, d_value_ref, logits_ref, d_probs_ref, probs_ref, d_logits_ref, *scratch = refs
+    delta_ref, scratch = (scratch[0], scratch[1:]) if tiling.is_long else (None, scratch)
 
     def work(tile, slot):
         window = _Window(tiling, tile)
-        softmax = _softmax_of_tile(tiling, window, scale, is_causal, bias_ref, lengths_ref, scratch, slot)
+        mask = _mask_of_tile(tiling, window, is_causal, bias_ref, lengths_ref, scratch, slot)
         d_query = _LaneTiles(tiling, window, d_query_ref, scale)
         d_key = _LaneTiles(tiling, window, d_key_ref, scale)
         d_value = _LaneTiles(tiling, window, d_value_ref, 1)
@@ -278,13 +333,35 @@ def _backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths:
             place = _logits_place(logits_ref, item)
             logits_ref[place] = tm.matmul(window.load(key_ref, group), query, transpose_b=True)
             d_probs_ref[place] = tm.matmul(window.load(value_ref, group), d_out, transpose_b=True)
+            if tiling.is_long:
+                product = window.load(out_ref, group).astype(jnp.float32) * window.load(d_out_ref, group).astype(jnp.float32)
+                high = product.astype(out_ref.dtype)
+                parts = high, (product - high.astype(jnp.float32)).astype(out_ref.dtype)
+                ones = jnp.ones((2 * SUBLANES, group.width), out_ref.dtype)
+                delta = [
+                    tm.matmul(ones, tm.queries_stacked(part, group.heads, columns)[item.columns], transpose_b=True)
+                    for part in parts
+                ]
+                delta_ref[_row_place_l(delta_ref, item)] = sum(delta)[:SUBLANES]
 
         def differentiate(item):
             place = _logits_place(logits_ref, item)
-            probs = softmax(logits_ref[place], item)
+            probs = tm.probabilities(mask(logits_ref[place], slice(0, tiling.tile_rows), item), scale)
             d_logits = tm.logits_gradient(probs, d_probs_ref[place])
             place = _products_place(probs_ref, item, item.columns)
             probs_ref[place], d_logits_ref[place] = probs.astype(probs_ref.dtype), d_logits.astype(probs_ref.dtype)
+
+        def differentiate_long(item):
+            number, _, columns = _logits_place(logits_ref, item)
+            factor = scale / math.log(2)
+            lse = window.load_statistics(statistics_ref, item)
+            delta = delta_ref[_row_place_l(delta_ref, item)][:1]
+            for rows in _pieces(tiling):
+                logits = mask(logits_ref[number, rows, columns], rows, item)
+                probs = jnp.exp2(logits * factor - lse)
+                d_logits = probs * (d_probs_ref[number, rows, columns] - delta)
+                place = item.group_number % probs_ref.shape[0], rows, item.columns
+                probs_ref[place], d_logits_ref[place] = probs.astype(probs_ref.dtype), d_logits.astype(probs_ref.dtype)
 
         def products(item):
             return _products_place(probs_ref, item, slice(0, tiling.columns(item.group).total))
@@ -304,9 +381,15 @@ def _backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths:
             d_logits = d_logits_ref[products(item)]
             d_query.add(group, tm.sum_over_keys(d_logits, key, group.heads, tiling.columns(group)))
 
-        return score, differentiate, for_value, for_key, for_query
+        return score, differentiate_long if tiling.is_long else differentiate, for_value, for_key, for_query
 
     _for_tiles(tiling, work)
+
+
+def _statistics_block(tiling: Tiling) -> tuple[int, int, int]:
+    """Sequences, head groups and columns of what the forward leaves for the backward in one block."""
+    groups = tiling.looped_heads or len(tiling.groups)
+    return tiling.block_sequences, groups, max(tiling.columns(group).total for group in tiling.groups)
 
 
 def _call(
@@ -316,18 +399,38 @@ def _call(
     dtype = operands[0].dtype
     block = pl.BlockSpec((tiling.block_rows, tiling.block_lanes), lambda i, j, *_: (i, j))
     whole = pl.BlockSpec(bias.shape, lambda i, j, *_: (0, 0, 0), pipeline_mode=pl.Buffered(1))
+    grid = rows // tiling.block_rows, width // tiling.block_lanes
+    sequences, groups, columns = _statistics_block(tiling)
+    statistics = pl.BlockSpec((sequences, None, groups, columns), lambda i, j, *_: (i, j, 0, 0))
+    is_forward = results == 1
     prefetch = () if lengths is None else (lengths,)
+    in_specs, out_specs, out_shape = (
+        [block] * len(operands),
+        [block] * results,
+        [jax.ShapeDtypeStruct((rows, width), dtype)] * results,
+    )
+    rows_waiting = []
+    if tiling.is_long:
+        scratch = _waiting(tiling, dtype, FORWARD_STAGES if is_forward else BACKWARD_STAGES)
+        like = scratch[-1 if is_forward else 0].shape
+        rows_waiting = [pltpu.VMEM((like[0], SUBLANES, like[2]), jnp.float32)]
+        if is_forward:
+            out_specs = [*out_specs, statistics]
+            out_shape = [*out_shape, jax.ShapeDtypeStruct((rows // tiling.length, grid[1], groups, columns), jnp.float32)]
+        else:
+            in_specs = [*in_specs[:-1], statistics]
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetch),
-            grid=(rows // tiling.block_rows, width // tiling.block_lanes),
-            in_specs=[block] * len(operands) + [whole],
-            out_specs=[block] * results,
-            scratch_shapes=_waiting(tiling, dtype, FORWARD_STAGES if results == 1 else BACKWARD_STAGES)
+            grid=grid,
+            in_specs=[*in_specs, whole],
+            out_specs=out_specs,
+            scratch_shapes=_waiting(tiling, dtype, FORWARD_STAGES if is_forward else BACKWARD_STAGES)
+            + rows_waiting
             + [pltpu.VMEM((tiling.unroll, *bias.shape[1:]), jnp.float32)] * len(prefetch),
         ),
-        out_shape=[jax.ShapeDtypeStruct((rows, width), dtype)] * results,
+        out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vmem_bytes),
         name=name,
         interpret=interpret,
@@ -337,27 +440,22 @@ def _call(
 def forward(
     query, key, value, lengths, *, tiling: Tiling, scale: float, is_causal: bool, vmem_bytes: int, interpret=False
 ):
-    """Attention output; operands [rows, lanes], a multiple of the tiling's block."""
+    """Attention output, and of long tiles the statistics; operands [rows, lanes], a multiple of the tiling's block."""
     kernel = functools.partial(_forward_kernel, tiling, scale, is_causal, lengths is not None)
     bias = tile_bias(tiling, is_causal)
     return _call(kernel, "attention_forward", tiling, (query, key, value), 1, lengths, bias, vmem_bytes, interpret)
 
 
 def backward(
-    query,
-    key,
-    value,
-    d_out,
-    lengths,
-    *,
+    *operands,
+    lengths=None,
     tiling: Tiling,
     scale: float,
     is_causal: bool,
     vmem_bytes: int,
     interpret=False,
 ):
-    """Gradients of query, key and value from that of the output; probabilities are computed anew."""
+    """Gradients of query, key and value from these and that of the output, and of long tiles the output and statistics."""
     kernel = functools.partial(_backward_kernel, tiling, scale, is_causal, lengths is not None)
     bias = tile_bias(tiling, is_causal)
-    operands = (query, key, value, d_out)
     return _call(kernel, "attention_backward", tiling, operands, 3, lengths, bias, vmem_bytes, interpret)

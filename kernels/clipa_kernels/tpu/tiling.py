@@ -89,6 +89,11 @@ class Tiling:
         return columns_of(self.tile_rows, len(group.heads))
 
     @property
+    def is_long(self) -> bool:
+        """Whether a tile is one sequence whose logits are more than a lane tile of keys."""
+        return self.tile_rows > LANES
+
+    @property
     def offsets(self) -> int:
         """Number of places in a tile where its first sequence can start (0, 1, ...)."""
         return self.tile_rows - self.sequences * self.length + 1
