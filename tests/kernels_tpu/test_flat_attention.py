@@ -98,9 +98,15 @@ def check_tiling(tiling, operands, num_heads):
     def attention(query, key, value):
         return tile_attention.forward(query, key, value, None, **options)[0]
 
-    attention.defvjp(
-        lambda *xs: (attention(*xs), xs), lambda xs, g: tuple(tile_attention.backward(*xs, g, None, **options))
-    )
+    def forward(*operands):
+        results = tile_attention.forward(*operands, None, **options)
+        return results[0], (operands, results)
+
+    def backward(residuals, d_out):
+        operands, results = residuals
+        return tuple(tile_attention.backward(*operands, d_out, results, None, **options))
+
+    attention.defvjp(forward, backward)
     with interpreter():
         assert_close(attention, operands, num_heads=num_heads, seq_len=tiling.length, scale=0.2)
 

@@ -97,9 +97,24 @@ def sum_over_keys(weights: jax.Array, x: jax.Array, heads: Heads, columns: Colum
     return jnp.concatenate([total, rest], axis=0)
 
 
+def row_dots(a: jax.Array, b: jax.Array, heads: Heads, columns: Columns, part: slice) -> jax.Array:
+    """[tile rows, lanes] twice -> [1, columns of the part]: of the query of each column, the dot product of its rows.
+
+    The matrix unit adds, and so turns rows into columns. What rounding takes from the products goes through it too.
+    """
+    product = a.astype(jnp.float32) * b.astype(jnp.float32)
+    rounded = product.astype(a.dtype)
+    rest = (product - rounded.astype(jnp.float32)).astype(a.dtype)
+    ones = jnp.ones((2 * SUBLANES, a.shape[1]), a.dtype)
+    stacked = [
+        queries_stacked(x, heads, columns)[part] for x in ([rounded, rest] if a.dtype != jnp.float32 else [product])
+    ]
+    return sum(matmul(ones, x, transpose_b=True) for x in stacked)[:1]
+
+
 def columns_as_rows(x: jax.Array, width: int, heads: Heads, columns: Columns) -> jax.Array:
-    """[1 or 8, columns] -> [tile rows, width]: for each query's row, the value of each head in that head's lanes."""
-    x = jnp.broadcast_to(x[:1], (LANES, x.shape[1]))
+    """[1, columns] -> [tile rows, width]: for each query's row, the value of each head in that head's lanes."""
+    x = jnp.broadcast_to(x, (LANES, x.shape[1]))
     x = jnp.concatenate([x[:, start : start + LANES].T for start in range(0, x.shape[1], LANES)], axis=0)
 
     def of_head(h: int) -> jax.Array:

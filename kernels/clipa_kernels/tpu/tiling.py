@@ -90,7 +90,7 @@ class Tiling:
 
     @property
     def is_long(self) -> bool:
-        """Whether a tile is one sequence whose logits are more than a lane tile of keys."""
+        """Whether a tile holds one sequence and more than 128 rows."""
         return self.tile_rows > LANES
 
     @property
@@ -124,6 +124,11 @@ def tile_of(length: int, at_most: int) -> tuple[int, int]:
 
     sequences = max((n for n in range(1, min(at_most, LANES // length) + 1) if rows(n) <= LANES), default=1)
     return sequences, rows(sequences)
+
+
+def is_long(length: int) -> bool:
+    """Whether tiles of such sequences are long ones, see `Tiling.is_long`."""
+    return tile_of(length, 1)[1] > LANES
 
 
 def head_groups(num_heads: int, head_dim: int, together: int, mxu: int) -> tuple[HeadGroup, ...]:
