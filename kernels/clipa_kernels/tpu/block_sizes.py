@@ -18,7 +18,9 @@ from clipa_kernels.tpu.tiling import (
     tile_of,
 )
 
-MAX_REGISTERS = 1200  # of logits in one loop body; the size of the program and its compile time grow with them
+# Registers of logits: the size of the program and its compile time grow with them.
+MAX_REGISTERS = 1200  # for the heads of a block; more are looped over
+MAX_UNROLLED = 1500  # in one loop body of several tiles
 
 
 class Settings(NamedTuple):
@@ -35,7 +37,7 @@ class Settings(NamedTuple):
 
 
 # What holds up to some length for whatever the table does not list.
-DEFAULTS = {128: Settings(8, 14, (1, 4), 0), 208: Settings(12, 12, (1, 3), 1), 1024: Settings(6, 6, (1, 2), 1)}
+DEFAULTS = {128: Settings(8, 14, (1, 4), 0), 208: Settings(12, 12, (1, 3), 1), 1024: Settings(6, 6, (1, 4), 1)}
 
 
 def settings_for(chip: str, itemsize: int, length: int, head_dim: int) -> Settings:
@@ -108,9 +110,8 @@ def choose_tiling(
                 continue
             together, rows = tile_of(length, sequences)
             tiles = -(-sequences // together)
-            unroll = max(1, min(tiles, round(items / len(groups))))
-            if sum(_logits_registers(length, group) for group in groups) * unroll > MAX_REGISTERS:
-                unroll = 1  # a smaller number was no better at 577 tokens
+            registers = sum(_logits_registers(length, group) for group in groups)
+            unroll = max(1, min(tiles, round(items / len(groups)), MAX_UNROLLED // registers))
             tiling = Tiling(length, together, rows, sequences, lanes, groups, unroll, lags, looped, spread)
             if rows > tiling.block_rows or vmem_bytes(tiling, itemsize, tensors) > chip.vmem_bytes:
                 continue
