@@ -169,6 +169,7 @@ def test_a_checkpoint_policy_can_keep_what_the_backward_reads(capsys, seq_len, n
     assert "named" not in saved()
 
 
+@pytest.mark.slow
 def test_vmap_of_long_sequences():
     """What the forward leaves for the backward is folded into more sequences, and back."""
     operands = [x.reshape(2, -1, 16) for x in random_operands(6, 2, 129, 1, 16, F32)]

@@ -37,7 +37,12 @@ class Settings(NamedTuple):
 
 
 # What holds up to some length for whatever the table does not list.
-DEFAULTS = {128: Settings(8, 14, (1, 4), 0), 208: Settings(12, 12, (1, 3), 1), 1024: Settings(6, 6, (1, 4), 1)}
+DEFAULTS = {
+    128: Settings(8, 14, (1, 4), 0),
+    208: Settings(12, 12, (1, 3), 1),
+    300: Settings(6, 6, (1, 3), 1),
+    1024: Settings(6, 6, (1, 4), 1),
+}
 
 
 def settings_for(chip: str, itemsize: int, length: int, head_dim: int) -> Settings:
