@@ -65,6 +65,18 @@ def test_every_implementation_is_timed_in_turns(tmp_path):
         assert "loss batch 8" in line(row)
 
 
+def test_peak_memory_counts_what_lies_between_operands_and_result():
+    batch = 512
+
+    def square(x):
+        return jnp.sort(x @ x.T, axis=1).sum()
+
+    struct = jax.ShapeDtypeStruct((batch, 8), jnp.float32)
+    case = Case("loss", "forward", {"batch": batch}, "float32", {"dense": square}, (struct,), 64.0, 8.0, batch)
+    (row,) = measure(case, rounds=3, seconds=0.1)
+    assert row.peak_bytes >= 4 * batch**2
+
+
 def test_attention_and_loss_cases_compute_what_they_say():
     (case,) = attention.cases(17, 2, 16, 64, "float32", ("forward",), None)
     rows = [jax.random.normal(jax.random.key(i), s.shape, s.dtype) for i, s in enumerate(case.arguments)]
