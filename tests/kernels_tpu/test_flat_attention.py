@@ -175,7 +175,7 @@ def test_vmap_of_long_sequences():
     operands = [x.reshape(2, -1, 16) for x in random_operands(6, 2, 129, 1, 16, F32)]
     *inputs, cotangent = operands
     with interpreter():
-        gradients = jax.vjp(jax.vmap(tpu(1, 129)), *inputs)[1](cotangent)
+        gradients = jax.block_until_ready(jax.vjp(jax.vmap(tpu(1, 129)), *inputs)[1](cotangent))
     for i in range(2):
         exact = reference.flat_attention_grad(*(x[i] for x in inputs), cotangent[i], num_heads=1, seq_len=129)
         for name, got in zip(("query", "key", "value"), gradients, strict=True):
