@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def fetch(uri: str, wanted: Sequence[str], one_of: Sequence[str] = ()) -> Path:
 
 
 @contextlib.contextmanager
-def _warnings_held_back() -> Iterator[None]:
+def _warnings_held_back() -> Generator[None]:
     """The hub's library warns at every try to reach it; what is raised at last says all."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level

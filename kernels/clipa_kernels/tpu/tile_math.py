@@ -109,7 +109,7 @@ def row_dots(a: jax.Array, b: jax.Array, heads: Heads, columns: Columns, part: s
     stacked = [
         queries_stacked(x, heads, columns)[part] for x in ([rounded, rest] if a.dtype != jnp.float32 else [product])
     ]
-    return sum(matmul(ones, x, transpose_b=True) for x in stacked)[:1]
+    return functools.reduce(operator.add, (matmul(ones, x, transpose_b=True) for x in stacked))[:1]
 
 
 def columns_as_rows(x: jax.Array, width: int, heads: Heads, columns: Columns) -> jax.Array:
