@@ -8,7 +8,9 @@ A head is not cut out of its lane window. Zeros in the lanes of the other heads,
 same effect and cost one AND per register; the products of several heads then add up in the lanes where they belong.
 """
 
+import functools
 import math
+import operator
 from collections.abc import Callable
 
 import jax
