@@ -68,7 +68,7 @@ def vmem_bytes(tiling: Tiling, itemsize: int, tensors: int) -> int:
     width = max(tiling.columns(group).total for group in tiling.groups)
     logits = 2 * tiling.tile_rows * min(width, 2 * LANES) * (tiling.lags[0] + 1) * 4
     products = 2 * tiling.tile_rows * width * (tiling.lags[1] + 2 * tiling.spread - tiling.lags[0] + 1) * itemsize
-    statistics = 2 * tiling.block_sequences * round_up(tiling.looped_heads or len(tiling.groups), 8) * width * 4
+    statistics = 2 * tiling.block_sequences * (tiling.looped_heads or len(tiling.groups)) * 8 * width * 4
     if not tiling.is_long:
         statistics = 0
     bias = (tiling.offsets + tiling.unroll) * tiling.tile_rows * LANES * 4

@@ -223,8 +223,8 @@ def _backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths:
     for_tiles(tiling, work)
 
 
-def statistics_shape(tiling: Tiling, batch: int, width: int) -> tuple[int, int, int, int]:
-    """What the forward leaves for the backward where tiles are long: [sequences, blocks of lanes, head groups of one,
+def statistics_shape(tiling: Tiling, batch: int, width: int) -> tuple[int, int, int, int, int]:
+    """What the forward leaves for the backward where tiles are long: [sequences, blocks of lanes, head groups, 1,
     columns of a group] float32.
 
     The log2 of each query's sum of exponentials, laid out as the logits' columns are; so large that every probability
@@ -232,7 +232,7 @@ def statistics_shape(tiling: Tiling, batch: int, width: int) -> tuple[int, int, 
     """
     groups = tiling.looped_heads or len(tiling.groups)
     columns = max(tiling.columns(group).total for group in tiling.groups)
-    return batch, width // tiling.block_lanes, groups, columns
+    return batch, width // tiling.block_lanes, groups, 1, columns
 
 
 def _call(kernel, name: str, stages: int, tiling: Tiling, operands, lengths, bias: np.ndarray, vmem_bytes, interpret):
@@ -241,7 +241,7 @@ def _call(kernel, name: str, stages: int, tiling: Tiling, operands, lengths, bia
     block = pl.BlockSpec((tiling.block_rows, tiling.block_lanes), lambda i, j, *_: (i, j))
     whole = pl.BlockSpec(bias.shape, lambda i, j, *_: (0, 0, 0), pipeline_mode=pl.Buffered(1))
     shape = statistics_shape(tiling, rows // tiling.length, width)
-    of_block = pl.BlockSpec((tiling.block_sequences, None, *shape[2:]), lambda i, j, *_: (i, j, 0, 0))
+    of_block = pl.BlockSpec((tiling.block_sequences, None, *shape[2:]), lambda i, j, *_: (i, j, 0, 0, 0))
     results = 1 if stages == FORWARD_STAGES else 3
     in_specs = [block if x.ndim == 2 else of_block for x in operands]
     out_specs, out_shape = [block] * results, [jax.ShapeDtypeStruct((rows, width), dtype)] * results

@@ -145,7 +145,7 @@ class Window:
 
     def statistics_place(self, item: Item) -> tuple:
         """Where the statistics of an item's columns lie in their block, see `statistics_shape`."""
-        return self.sequence, pl.ds(item.group_in_block, 1), item.columns
+        return self.sequence, item.group_in_block, slice(None), item.columns
 
     def store(self, ref, lanes: slice, x: jax.Array) -> None:
         """Store [tile rows, lanes] without touching the rows before the tile's first sequence.
