@@ -11,16 +11,13 @@ from clipa_kernels.tpu.tiling import (
     batch_multiple,
     columns_of,
     head_groups,
-    is_long,
     lane_block,
     looped_group,
     round_up,
     tile_of,
 )
 
-# Registers of logits: the size of the program and its compile time grow with them.
-MAX_REGISTERS = 1200  # for the heads of a block; more are looped over
-MAX_UNROLLED = 1500  # in one loop body of several tiles
+MAX_REGISTERS = 1200  # of logits in one loop body; the size of the program and its compile time grow with them
 
 
 class Settings(NamedTuple):
@@ -37,12 +34,7 @@ class Settings(NamedTuple):
 
 
 # What holds up to some length for whatever the table does not list.
-DEFAULTS = {
-    128: Settings(8, 14, (1, 4), 0),
-    208: Settings(12, 12, (1, 3), 1),
-    300: Settings(6, 6, (1, 3), 1),
-    1024: Settings(6, 6, (1, 4), 1),
-}
+DEFAULTS = {128: Settings(8, 14, (1, 4), 0), 208: Settings(12, 12, (1, 2), 1), 1024: Settings(6, 6, (1, 2), 1)}
 
 
 def settings_for(chip: str, itemsize: int, length: int, head_dim: int) -> Settings:
@@ -53,14 +45,6 @@ def settings_for(chip: str, itemsize: int, length: int, head_dim: int) -> Settin
     return next(settings for longest, settings in DEFAULTS.items() if length <= longest)
 
 
-def tensors_of(length: int) -> tuple[int, int]:
-    """How many operands and results of a token's size to choose the forward's tiling for, and the backward's.
-
-    Those of long tiles are one tiling, the backward's, since one kernel reads what the other leaves in its blocks.
-    """
-    return (8, 8) if is_long(length) else (4, 7)
-
-
 def vmem_bytes(tiling: Tiling, itemsize: int, tensors: int) -> int:
     """VMEM that a kernel with `tensors` operands and results takes: all twice, for loads and stores under way."""
     lanes = round_up(tiling.block_lanes, 128)
@@ -68,11 +52,8 @@ def vmem_bytes(tiling: Tiling, itemsize: int, tensors: int) -> int:
     width = max(tiling.columns(group).total for group in tiling.groups)
     logits = 2 * tiling.tile_rows * min(width, 2 * LANES) * (tiling.lags[0] + 1) * 4
     products = 2 * tiling.tile_rows * width * (tiling.lags[1] + 2 * tiling.spread - tiling.lags[0] + 1) * itemsize
-    statistics = 2 * tiling.block_sequences * (tiling.looped_heads or len(tiling.groups)) * 8 * width * 4
-    if not tiling.is_long:
-        statistics = 0
     bias = (tiling.offsets + tiling.unroll) * tiling.tile_rows * LANES * 4
-    return blocks + statistics + logits + products + bias + 3 * tiling.tile_rows * lanes * 4
+    return blocks + logits + products + bias + 3 * tiling.tile_rows * lanes * 4
 
 
 def padded_batch(batch: int, length: int) -> int:
@@ -115,8 +96,9 @@ def choose_tiling(
                 continue
             together, rows = tile_of(length, sequences)
             tiles = -(-sequences // together)
-            registers = sum(_logits_registers(length, group) for group in groups)
-            unroll = max(1, min(tiles, round(items / len(groups)), MAX_UNROLLED // registers))
+            unroll = max(1, min(tiles, round(items / len(groups))))
+            if sum(_logits_registers(length, group) for group in groups) * unroll > MAX_REGISTERS:
+                unroll = 1  # a smaller number was no better at 577 tokens
             tiling = Tiling(length, together, rows, sequences, lanes, groups, unroll, lags, looped, spread)
             if rows > tiling.block_rows or vmem_bytes(tiling, itemsize, tensors) > chip.vmem_bytes:
                 continue
@@ -149,4 +131,4 @@ def _logits_registers(length: int, group: HeadGroup) -> int:
     return rows // 8 * columns_of(rows, len(group.heads)).total // 128
 
 
-__all__ = ["choose_tiling", "lanes_per_head", "padded_batch", "tensors_of", "vmem_bytes"]
+__all__ = ["choose_tiling", "lanes_per_head", "padded_batch", "vmem_bytes"]

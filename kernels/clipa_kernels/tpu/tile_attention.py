@@ -1,13 +1,7 @@
-"""The forward and backward kernels: tile by tile, the logits of a whole sequence, or of several, against its keys.
+"""The forward and backward kernels: tile by tile, the logits of a whole sequence, or of several, against its keys."""
 
-Tiles of one sequence of more than 128 rows take other ways through the vector unit, since their logits do not fit in
-registers: the forward divides the output, not the probabilities, and leaves each query's sum of exponentials to the
-backward, which then needs no sums over keys and works on a few rows of logits at a time.
-"""
-
+import dataclasses
 import functools
-import itertools
-import math
 from collections.abc import Callable
 
 import jax
@@ -17,20 +11,11 @@ from jax import lax
 
 from clipa_kernels.tpu import tile_math as tm
 from clipa_kernels.tpu.compat import pl, pltpu
-from clipa_kernels.tpu.tile_loop import (
-    BACKWARD_STAGES,
-    FORWARD_STAGES,
-    Item,
-    LaneTiles,
-    Window,
-    for_tiles,
-    logits_place,
-    products_place,
-    waiting,
-)
-from clipa_kernels.tpu.tiling import LANES, SUBLANES, Tiling
+from clipa_kernels.tpu.tiling import LANES, SUBLANES, HeadGroup, Tiling, round_up
 
-PIECE = 32  # rows of a long tile's logits that the vector unit works on at a time
+CHUNK = 2 * LANES  # columns of logits that are computed at a time
+FORWARD_STAGES = 3
+BACKWARD_STAGES = 5
 
 
 def tile_bias(tiling: Tiling, is_causal: bool) -> np.ndarray:
@@ -51,10 +36,160 @@ def tile_bias(tiling: Tiling, is_causal: bool) -> np.ndarray:
     return np.where(seen, 0, tm.MASKED).astype(np.float32)
 
 
-def _mask_of_tile(
-    tiling: Tiling, window: Window, is_causal: bool, bias_ref, lengths_ref, scratch: list, slot: int
-) -> Callable[[jax.Array, slice, Item], jax.Array]:
-    """A function (logits, their rows of the tile, item) -> logits that hides the keys which must not be seen."""
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    """What one pass through the stages deals with: some columns of a head group, `number` in the loop's body."""
+
+    number: int
+    group: HeadGroup
+    group_number: int
+    columns: slice
+    is_last: bool
+
+
+def _chunks(tiling: Tiling, group: HeadGroup) -> range:
+    """First columns of the pieces in which a group's logits are made: short ones leave registers for others."""
+    return range(0, tiling.columns(group).total, CHUNK)
+
+
+def _for_tiles(tiling: Tiling, work: Callable) -> None:
+    """Run `work(tile, slot)`, the stages of a tile, for every tile and head group of the block, pipelined.
+
+    The compiler keeps roughly to the order of the program. So each stage of an item stands `lags` items after its
+    first stage: the products of one item are under way while the vector unit does the softmax of another. What a
+    stage leaves for the next one waits in VMEM, in as many places as items are under way. The first two stages take
+    a piece of the columns, those that follow a whole head group.
+    """
+
+    def body(step, carry):
+        items = []
+        for slot in range(tiling.unroll):
+            index = jnp.minimum(step * tiling.unroll + slot, steps - 1)
+            if tiling.looped_heads:
+                groups = [_looped_group(tiling, lax.rem(index, tiling.looped_heads))]
+                index = lax.div(index, tiling.looped_heads)
+            else:
+                groups = tiling.groups
+            stages = work(index, slot)
+            for i, group in enumerate(groups):
+                total = tiling.columns(group).total
+                for start in _chunks(tiling, group):
+                    columns = slice(start, min(start + CHUNK, total))
+                    number = slot * len(groups) + i
+                    items.append((stages, _Item(len(items), group, number, columns, columns.stop == total)))
+        lags = _lags(tiling, len(items[0][0]))
+        for now in range(len(items) + lags[-1]):
+            for stage, lag in enumerate(lags):
+                if 0 <= now - lag < len(items):
+                    stages, item = items[now - lag]
+                    if stage < 2 or item.is_last:
+                        stages[stage](item)
+        return carry
+
+    steps = tiling.tiles * max(1, tiling.looped_heads)
+    lax.fori_loop(0, -(-steps // tiling.unroll), body, 0)
+
+
+def _looped_group(tiling: Tiling, head: jax.Array) -> HeadGroup:
+    """The group of one head whose number is known at run time only."""
+    (group,) = tiling.groups
+    lane = head * group.heads[0][1]
+    start = pl.multiple_of(jnp.minimum(lane & -LANES, tiling.block_lanes - group.width), LANES)
+    return HeadGroup(start, group.width, ((lane - start, lane - start + group.heads[0][1]),))
+
+
+def _lags(tiling: Tiling, stages: int) -> list[int]:
+    """How many items after its first stage each stage of an item runs."""
+    first, second = tiling.lags
+    return [0, first, *(second + tiling.spread * i for i in range(stages - 2))]
+
+
+def _waiting(tiling: Tiling, dtype, stages: int) -> list:
+    """VMEM for what waits between the stages: float32 logits, then what `dtype` the products take."""
+    width = max(tiling.columns(group).total for group in tiling.groups)
+    pieces = min(len(_chunks(tiling, group)) for group in tiling.groups)
+    arrays = 1 if stages == FORWARD_STAGES else 2
+    _, first, *_, last = _lags(tiling, stages)
+    logits = (first + 1, tiling.tile_rows, min(width, CHUNK))
+    products = ((pieces - 1 + last - first) // pieces + 1, tiling.tile_rows, width)
+    return [pltpu.VMEM(logits, jnp.float32)] * arrays + [pltpu.VMEM(products, dtype)] * arrays
+
+
+def _logits_place(ref, item: _Item) -> tuple:
+    return item.number % ref.shape[0], slice(None), slice(0, item.columns.stop - item.columns.start)
+
+
+def _products_place(ref, item: _Item, columns: slice) -> tuple:
+    return item.group_number % ref.shape[0], slice(None), columns
+
+
+class _Window:
+    """The rows of one tile in a block: where to load from, and which rows of it may be stored."""
+
+    def __init__(self, tiling: Tiling, tile: jax.Array):
+        self.tiling = tiling
+        self.sequence = jnp.minimum(tile * tiling.sequences, tiling.block_sequences - tiling.sequences)
+        first_row = self.sequence * tiling.length
+        start = jnp.minimum(first_row & -SUBLANES, tiling.block_rows - tiling.tile_rows)
+        self.offset = first_row - start
+        self.start = pl.multiple_of(start, SUBLANES)
+
+    def load(self, ref, group: HeadGroup) -> jax.Array:
+        return ref[pl.ds(self.start, self.tiling.tile_rows), pl.ds(group.start, group.width)]
+
+    def store_head(self, ref, group: HeadGroup, x: jax.Array) -> None:
+        """Store the lanes of a group's one head; see `store` for the rows."""
+        place = pl.ds(self.start, self.tiling.tile_rows), pl.ds(group.start, group.width)
+        lane = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        row = lax.broadcasted_iota(jnp.int32, x.shape, 0)
+        start, stop = group.heads[0]
+        mine = (lane >= start) & (lane < stop) & (row >= self.offset)
+        ref[place] = jnp.where(mine, x, ref[place].astype(jnp.float32)).astype(ref.dtype)
+
+    def store(self, ref, lanes: slice, x: jax.Array) -> None:
+        """Store [tile rows, lanes] without touching the rows before the tile's first sequence.
+
+        Rows after its last sequence get zeros, or whatever `x` holds there; the next tile overwrites them.
+        """
+        if self.tiling.offsets > 1:
+            edge = round_up(self.tiling.offsets - 1, 2 * SUBLANES)
+            kept = lax.broadcasted_iota(jnp.int32, (edge, 1), 0) < self.offset
+            first = jnp.where(kept, ref[pl.ds(self.start, edge), lanes].astype(jnp.float32), x[:edge])
+            x = jnp.concatenate([first, x[edge:]], axis=0)
+        ref[pl.ds(self.start, self.tiling.tile_rows), lanes] = x.astype(ref.dtype)
+
+
+class _LaneTiles:
+    """Sums the results of head groups in the 128-lane tiles they share, and stores a tile once it is complete."""
+
+    def __init__(self, tiling: Tiling, window: _Window, ref, scale: float):
+        self.window, self.ref, self.scale = window, ref, scale
+        self.width = tiling.block_lanes
+        self.looped = tiling.looped_heads > 0
+        self.missing = {}
+        for group in tiling.groups:
+            for tile in group.lane_tiles:
+                self.missing[tile] = self.missing.get(tile, 0) + 1
+        self.sums: dict[int, jax.Array] = {}
+
+    def add(self, group: HeadGroup, x: jax.Array) -> None:
+        if self.looped:
+            self.window.store_head(self.ref, group, x if self.scale == 1 else x * self.scale)
+            return
+        for tile in group.lane_tiles:
+            start, stop = tile * LANES, min((tile + 1) * LANES, self.width)
+            part = x[:, start - group.start : stop - group.start]
+            self.sums[tile] = self.sums[tile] + part if tile in self.sums else part
+            self.missing[tile] -= 1
+            if not self.missing[tile]:
+                total = self.sums.pop(tile)
+                self.window.store(self.ref, slice(start, stop), total if self.scale == 1 else total * self.scale)
+
+
+def _softmax_of_tile(
+    tiling: Tiling, window: _Window, scale: float, is_causal: bool, bias_ref, lengths_ref, scratch: list, slot: int
+) -> Callable[[jax.Array, _Item], jax.Array]:
+    """A function (logits, item) -> probabilities that knows the tile's masks."""
     source, index = bias_ref, window.offset
     if lengths_ref is not None:  # the mask of this tile is made once, for all heads
         (source,), index = scratch, slot
@@ -66,141 +201,93 @@ def _mask_of_tile(
             seen |= (key >= start) & (key < start + lengths_ref[first + s])
         source[slot] = jnp.where(seen, bias_ref[window.offset], tm.MASKED)
 
-    unmasked = tiling.rows_always_seen if lengths_ref is None else slice(0, 0)
+    unmasked = tiling.rows_always_seen if lengths_ref is None and not is_causal else slice(0, 0)
 
-    def mask(logits: jax.Array, rows: slice, item: Item) -> jax.Array:
-        if is_causal and tiling.is_long:
-            query = tm.query_rows(tiling.columns(item.group), len(item.group.heads), item.columns)
-            key = lax.broadcasted_iota(jnp.int32, logits.shape, 0) + rows.start
+    def bias_of(rows: slice, width: int) -> jax.Array:
+        return jnp.concatenate([source[index, rows]] * (width // LANES), axis=1)
+
+    def softmax(logits: jax.Array, item: _Item) -> jax.Array:
+        if tiling.tile_rows <= LANES:
+            return tm.probabilities(logits + bias_of(slice(None), logits.shape[1]), scale)
+        columns = tiling.columns(item.group)
+        query = tm.query_rows(columns, len(item.group.heads), item.columns)
+        if is_causal:
+            key = lax.broadcasted_iota(jnp.int32, logits.shape, 0)
             logits = jnp.where(key <= query, logits, tm.MASKED)
-        if unmasked.start <= rows.start and rows.stop <= unmasked.stop:
-            return logits
-        return logits + jnp.concatenate([source[index, rows]] * (logits.shape[1] // LANES), axis=1)
+        parts = slice(0, unmasked.start), unmasked, slice(unmasked.stop, tiling.tile_rows)
+        logits = jnp.concatenate(
+            [
+                logits[rows] if rows is unmasked else logits[rows] + bias_of(rows, logits.shape[1])
+                for rows in parts
+                if rows.start < rows.stop
+            ],
+            axis=0,
+        )
+        query = query - window.offset
+        mine = jnp.where((query >= 0) & (query < tiling.length), 1.0, 0.0)
+        return tm.probabilities(logits, scale, mine)
 
-    return mask
-
-
-def _pieces(tiling: Tiling) -> list[slice]:
-    """Rows of a tile's logits in pieces that registers can hold; the rows that need no mask stand by themselves."""
-    edges = tiling.rows_always_seen if tiling.is_long else slice(0, 0)
-    cuts = sorted({0, edges.start, edges.stop, tiling.tile_rows})
-    return [
-        slice(row, min(row + PIECE, stop))
-        for start, stop in itertools.pairwise(cuts)
-        for row in range(start, stop, PIECE)
-    ]
+    return softmax
 
 
 def _forward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: bool, *refs):
-    factor = scale / math.log(2)
     lengths_ref, refs = refs[0] if has_lengths else None, refs[has_lengths:]
-    query_ref, key_ref, value_ref, bias_ref, out_ref, *refs = refs
-    if tiling.is_long:
-        statistics_ref, logits_ref, probs_ref, inverse_ref, *scratch = refs
-    else:
-        logits_ref, probs_ref, *scratch = refs
+    query_ref, key_ref, value_ref, bias_ref, out_ref, logits_ref, probs_ref, *scratch = refs
 
     def work(tile, slot):
-        window = Window(tiling, tile)
-        mask = _mask_of_tile(tiling, window, is_causal, bias_ref, lengths_ref, scratch, slot)
-        out = LaneTiles(tiling, window, out_ref, 1)
+        window = _Window(tiling, tile)
+        softmax = _softmax_of_tile(tiling, window, scale, is_causal, bias_ref, lengths_ref, scratch, slot)
+        out = _LaneTiles(tiling, window, out_ref, 1)
 
         def score(item):
             group = item.group
             query = tm.queries_stacked(window.load(query_ref, group), group.heads, tiling.columns(group))[item.columns]
             logits = tm.matmul(window.load(key_ref, group), query, transpose_b=True)
-            logits_ref[logits_place(logits_ref, item)] = logits
+            logits_ref[_logits_place(logits_ref, item)] = logits
 
         def normalize(item):
-            logits = logits_ref[logits_place(logits_ref, item)]
-            probs = tm.probabilities(mask(logits, slice(0, tiling.tile_rows), item), scale)
-            probs_ref[products_place(probs_ref, item, item.columns)] = probs.astype(probs_ref.dtype)
-
-        def weigh(item):
-            """Like `normalize`, but what the sums are is left for the output, which has fewer registers."""
-            number, _, columns = logits_place(logits_ref, item)
-            place, _, own = products_place(probs_ref, item, item.columns)
-            pieces = _pieces(tiling)
-            top = jnp.full((SUBLANES, columns.stop), tm.LOWEST, jnp.float32)
-            for rows in pieces:
-                logits = mask(logits_ref[number, rows, columns], rows, item)
-                top = jnp.maximum(top, tm.by_registers(jnp.max, logits))
-            top, total = jnp.max(top, axis=0, keepdims=True), jnp.zeros_like(top)
-            for rows in pieces:
-                logits = mask(logits_ref[number, rows, columns], rows, item)
-                weights = jnp.exp2((logits - top) * factor)
-                total += tm.by_registers(jnp.sum, weights)
-                probs_ref[place, rows, own] = weights.astype(probs_ref.dtype)
-            total = jnp.sum(total, axis=0, keepdims=True)
-            mine = window.queries_inside(item) & (total > 0)
-            inverse_ref[products_place(inverse_ref, item, own)] = jnp.where(mine, 1 / jnp.maximum(total, tm.TINY), 0)
-            statistics = jnp.where(mine, top * factor + jnp.log2(total), -tm.MASKED)
-            statistics_ref[window.statistics_place(item)] = statistics
+            probs = softmax(logits_ref[_logits_place(logits_ref, item)], item)
+            probs_ref[_products_place(probs_ref, item, item.columns)] = probs.astype(probs_ref.dtype)
 
         def combine(item):
             group, columns = item.group, tiling.columns(item.group)
-            probs = probs_ref[products_place(probs_ref, item, slice(0, columns.total))]
-            total = tm.sum_over_keys(probs, window.load(value_ref, group), group.heads, columns)
-            if tiling.is_long:
-                inverse = inverse_ref[products_place(inverse_ref, item, slice(0, columns.total))]
-                total *= tm.columns_as_rows(inverse, group.width, group.heads, columns)
-            out.add(group, total)
+            probs = probs_ref[_products_place(probs_ref, item, slice(0, columns.total))]
+            out.add(group, tm.sum_over_keys(probs, window.load(value_ref, group), group.heads, columns))
 
-        return score, weigh if tiling.is_long else normalize, combine
+        return score, normalize, combine
 
-    for_tiles(tiling, work)
+    _for_tiles(tiling, work)
 
 
 def _backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: bool, *refs):
-    factor = scale / math.log(2)
     lengths_ref, refs = refs[0] if has_lengths else None, refs[has_lengths:]
-    query_ref, key_ref, value_ref, d_out_ref, *refs = refs
-    if tiling.is_long:
-        out_ref, statistics_ref, *refs = refs
-    bias_ref, d_query_ref, d_key_ref, d_value_ref, logits_ref, d_probs_ref, probs_ref, d_logits_ref, *scratch = refs
-    if tiling.is_long:
-        delta_ref, *scratch = scratch
+    query_ref, key_ref, value_ref, d_out_ref, bias_ref, d_query_ref, d_key_ref, d_value_ref, *scratch = refs
+    logits_ref, d_probs_ref, probs_ref, d_logits_ref, *scratch = scratch
 
     def work(tile, slot):
-        window = Window(tiling, tile)
-        mask = _mask_of_tile(tiling, window, is_causal, bias_ref, lengths_ref, scratch, slot)
-        d_query = LaneTiles(tiling, window, d_query_ref, scale)
-        d_key = LaneTiles(tiling, window, d_key_ref, scale)
-        d_value = LaneTiles(tiling, window, d_value_ref, 1)
+        window = _Window(tiling, tile)
+        softmax = _softmax_of_tile(tiling, window, scale, is_causal, bias_ref, lengths_ref, scratch, slot)
+        d_query = _LaneTiles(tiling, window, d_query_ref, scale)
+        d_key = _LaneTiles(tiling, window, d_key_ref, scale)
+        d_value = _LaneTiles(tiling, window, d_value_ref, 1)
 
         def score(item):
             group, columns = item.group, tiling.columns(item.group)
             query = tm.queries_stacked(window.load(query_ref, group), group.heads, columns)[item.columns]
             d_out = tm.queries_stacked(window.load(d_out_ref, group), group.heads, columns)[item.columns]
-            place = logits_place(logits_ref, item)
+            place = _logits_place(logits_ref, item)
             logits_ref[place] = tm.matmul(window.load(key_ref, group), query, transpose_b=True)
             d_probs_ref[place] = tm.matmul(window.load(value_ref, group), d_out, transpose_b=True)
-            if tiling.is_long:
-                out, d_out = window.load(out_ref, group), window.load(d_out_ref, group)
-                delta = tm.row_dots(out, d_out, group.heads, columns, item.columns)
-                delta_ref[logits_place(delta_ref, item)] = delta
 
         def differentiate(item):
-            place = logits_place(logits_ref, item)
-            probs = tm.probabilities(mask(logits_ref[place], slice(0, tiling.tile_rows), item), scale)
+            place = _logits_place(logits_ref, item)
+            probs = softmax(logits_ref[place], item)
             d_logits = tm.logits_gradient(probs, d_probs_ref[place])
-            place = products_place(probs_ref, item, item.columns)
+            place = _products_place(probs_ref, item, item.columns)
             probs_ref[place], d_logits_ref[place] = probs.astype(probs_ref.dtype), d_logits.astype(probs_ref.dtype)
 
-        def differentiate_with_statistics(item):
-            number, _, columns = logits_place(logits_ref, item)
-            place, _, own = products_place(probs_ref, item, item.columns)
-            statistics = statistics_ref[window.statistics_place(item)]
-            delta = delta_ref[logits_place(delta_ref, item)]
-            for rows in _pieces(tiling):
-                logits = mask(logits_ref[number, rows, columns], rows, item)
-                probs = jnp.exp2(logits * factor - statistics)
-                d_logits = probs * (d_probs_ref[number, rows, columns] - delta)
-                probs_ref[place, rows, own] = probs.astype(probs_ref.dtype)
-                d_logits_ref[place, rows, own] = d_logits.astype(d_logits_ref.dtype)
-
         def products(item):
-            return products_place(probs_ref, item, slice(0, tiling.columns(item.group).total))
+            return _products_place(probs_ref, item, slice(0, tiling.columns(item.group).total))
 
         def stacked(ref, item):
             group = item.group
@@ -217,48 +304,30 @@ def _backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths:
             d_logits = d_logits_ref[products(item)]
             d_query.add(group, tm.sum_over_keys(d_logits, key, group.heads, tiling.columns(group)))
 
-        second = differentiate_with_statistics if tiling.is_long else differentiate
-        return score, second, for_value, for_key, for_query
+        return score, differentiate, for_value, for_key, for_query
 
-    for_tiles(tiling, work)
-
-
-def statistics_shape(tiling: Tiling, batch: int, width: int) -> tuple[int, int, int, int, int]:
-    """What the forward leaves for the backward where tiles are long: [sequences, blocks of lanes, head groups, 1,
-    columns of a group] float32.
-
-    The log2 of each query's sum of exponentials, laid out as the logits' columns are; so large that every probability
-    is 0 where a column has no query of the sequence, or the query no key.
-    """
-    groups = tiling.looped_heads or len(tiling.groups)
-    columns = max(tiling.columns(group).total for group in tiling.groups)
-    return batch, width // tiling.block_lanes, groups, 1, columns
+    _for_tiles(tiling, work)
 
 
-def _call(kernel, name: str, stages: int, tiling: Tiling, operands, lengths, bias: np.ndarray, vmem_bytes, interpret):
+def _call(
+    kernel, name: str, tiling: Tiling, operands, results: int, lengths, bias: np.ndarray, vmem_bytes: int, interpret
+):
     rows, width = operands[0].shape
     dtype = operands[0].dtype
     block = pl.BlockSpec((tiling.block_rows, tiling.block_lanes), lambda i, j, *_: (i, j))
     whole = pl.BlockSpec(bias.shape, lambda i, j, *_: (0, 0, 0), pipeline_mode=pl.Buffered(1))
-    shape = statistics_shape(tiling, rows // tiling.length, width)
-    of_block = pl.BlockSpec((tiling.block_sequences, None, *shape[2:]), lambda i, j, *_: (i, j, 0, 0, 0))
-    results = 1 if stages == FORWARD_STAGES else 3
-    in_specs = [block if x.ndim == 2 else of_block for x in operands]
-    out_specs, out_shape = [block] * results, [jax.ShapeDtypeStruct((rows, width), dtype)] * results
-    if tiling.is_long and stages == FORWARD_STAGES:
-        out_specs, out_shape = [*out_specs, of_block], [*out_shape, jax.ShapeDtypeStruct(shape, jnp.float32)]
     prefetch = () if lengths is None else (lengths,)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetch),
             grid=(rows // tiling.block_rows, width // tiling.block_lanes),
-            in_specs=[*in_specs, whole],
-            out_specs=out_specs,
-            scratch_shapes=waiting(tiling, dtype, stages)
+            in_specs=[block] * len(operands) + [whole],
+            out_specs=[block] * results,
+            scratch_shapes=_waiting(tiling, dtype, FORWARD_STAGES if results == 1 else BACKWARD_STAGES)
             + [pltpu.VMEM((tiling.unroll, *bias.shape[1:]), jnp.float32)] * len(prefetch),
         ),
-        out_shape=out_shape,
+        out_shape=[jax.ShapeDtypeStruct((rows, width), dtype)] * results,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vmem_bytes),
         name=name,
         interpret=interpret,
@@ -267,11 +336,11 @@ def _call(kernel, name: str, stages: int, tiling: Tiling, operands, lengths, bia
 
 def forward(
     query, key, value, lengths, *, tiling: Tiling, scale: float, is_causal: bool, vmem_bytes: int, interpret=False
-) -> list[jax.Array]:
-    """[output], of long tiles [output, statistics]; operands are [rows, lanes], a multiple of the tiling's block."""
+):
+    """Attention output; operands [rows, lanes], a multiple of the tiling's block."""
     kernel = functools.partial(_forward_kernel, tiling, scale, is_causal, lengths is not None)
-    bias, operands = tile_bias(tiling, is_causal), (query, key, value)
-    return _call(kernel, "attention_forward", FORWARD_STAGES, tiling, operands, lengths, bias, vmem_bytes, interpret)
+    bias = tile_bias(tiling, is_causal)
+    return _call(kernel, "attention_forward", tiling, (query, key, value), 1, lengths, bias, vmem_bytes, interpret)
 
 
 def backward(
@@ -279,7 +348,6 @@ def backward(
     key,
     value,
     d_out,
-    forward_results,
     lengths,
     *,
     tiling: Tiling,
@@ -287,12 +355,9 @@ def backward(
     is_causal: bool,
     vmem_bytes: int,
     interpret=False,
-) -> list[jax.Array]:
-    """Gradients of query, key and value from that of the output; probabilities are computed anew.
-
-    Of long tiles `forward_results` are what the forward with the same tiling returned; of others they are not read.
-    """
+):
+    """Gradients of query, key and value from that of the output; probabilities are computed anew."""
     kernel = functools.partial(_backward_kernel, tiling, scale, is_causal, lengths is not None)
     bias = tile_bias(tiling, is_causal)
-    operands = (query, key, value, d_out, *(forward_results if tiling.is_long else ()))
-    return _call(kernel, "attention_backward", BACKWARD_STAGES, tiling, operands, lengths, bias, vmem_bytes, interpret)
+    operands = (query, key, value, d_out)
+    return _call(kernel, "attention_backward", tiling, operands, 3, lengths, bias, vmem_bytes, interpret)

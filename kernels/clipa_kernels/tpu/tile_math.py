@@ -8,17 +8,14 @@ A head is not cut out of its lane window. Zeros in the lanes of the other heads,
 same effect and cost one AND per register; the products of several heads then add up in the lanes where they belong.
 """
 
-import functools
 import math
-import operator
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from clipa_kernels.tpu.compat import pltpu
-from clipa_kernels.tpu.tiling import LANES, SUBLANES, Columns
+from clipa_kernels.tpu.tiling import LANES, Columns
 
 Heads = tuple[tuple[int, int], ...]
 
@@ -97,46 +94,6 @@ def sum_over_keys(weights: jax.Array, x: jax.Array, heads: Heads, columns: Colum
         part = both[h * columns.shared : h * columns.shared + columns.shared_rows]
         rest = jnp.where((lane >= start) & (lane < stop), part, rest)
     return jnp.concatenate([total, rest], axis=0)
-
-
-def row_dots(a: jax.Array, b: jax.Array, heads: Heads, columns: Columns, part: slice) -> jax.Array:
-    """[tile rows, lanes] twice -> [1, columns of the part]: of the query of each column, the dot product of its rows.
-
-    The matrix unit adds, and so turns rows into columns. What rounding takes from the products goes through it too.
-    """
-    product = a.astype(jnp.float32) * b.astype(jnp.float32)
-    rounded = product.astype(a.dtype)
-    rest = (product - rounded.astype(jnp.float32)).astype(a.dtype)
-    ones = jnp.ones((2 * SUBLANES, a.shape[1]), a.dtype)
-    stacked = [
-        queries_stacked(x, heads, columns)[part] for x in ([rounded, rest] if a.dtype != jnp.float32 else [product])
-    ]
-    return functools.reduce(operator.add, (matmul(ones, x, transpose_b=True) for x in stacked))[:1]
-
-
-def columns_as_rows(x: jax.Array, width: int, heads: Heads, columns: Columns) -> jax.Array:
-    """[1, columns] -> [tile rows, width]: for each query's row, the value of each head in that head's lanes."""
-    x = jnp.broadcast_to(x, (LANES, x.shape[1]))
-    x = jnp.concatenate([x[:, start : start + LANES].T for start in range(0, x.shape[1], LANES)], axis=0)
-
-    def of_head(h: int) -> jax.Array:
-        parts = [x[h * columns.own : h * columns.own + columns.own_rows]]
-        if columns.shared:
-            first = len(heads) * columns.own + h * columns.shared
-            parts.append(x[first : first + columns.shared_rows])
-        part = jnp.concatenate(parts, axis=0)
-        return jnp.concatenate([part] * -(-width // LANES), axis=1)[:, :width]
-
-    lane = lax.broadcasted_iota(jnp.int32, (1, width), 1)
-    result = of_head(0)
-    for h in range(1, len(heads)):
-        result = jnp.where(lane >= heads[h][0], of_head(h), result)
-    return result
-
-
-def by_registers(reduce: Callable, x: jax.Array) -> jax.Array:
-    """[8 n, columns] -> [8, columns]: each register with the others, not yet the rows of a register."""
-    return reduce(x.reshape(-1, SUBLANES, x.shape[1]), axis=0)
 
 
 def probabilities(logits: jax.Array, scale: float, factor: jax.Array | float = 1.0) -> jax.Array:

@@ -89,11 +89,6 @@ class Tiling:
         return columns_of(self.tile_rows, len(group.heads))
 
     @property
-    def is_long(self) -> bool:
-        """Whether a tile holds one sequence and more than 128 rows."""
-        return self.tile_rows > LANES
-
-    @property
     def offsets(self) -> int:
         """Number of places in a tile where its first sequence can start (0, 1, ...)."""
         return self.tile_rows - self.sequences * self.length + 1
@@ -124,11 +119,6 @@ def tile_of(length: int, at_most: int) -> tuple[int, int]:
 
     sequences = max((n for n in range(1, min(at_most, LANES // length) + 1) if rows(n) <= LANES), default=1)
     return sequences, rows(sequences)
-
-
-def is_long(length: int) -> bool:
-    """Whether tiles of such sequences are long ones, see `Tiling.is_long`."""
-    return tile_of(length, 1)[1] > LANES
 
 
 def head_groups(num_heads: int, head_dim: int, together: int, mxu: int) -> tuple[HeadGroup, ...]:
