@@ -100,9 +100,9 @@ class OptimizerConfig:
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.95
-    """Decay of AdamW's second moment; Adafactor's follows the number of steps."""
+    """Decay of AdamW's second moment; Adafactor's follows the number of steps, and muon has none for matrices."""
     eps: float = 1e-8
-    """Added to the root of AdamW's second moment."""
+    """Added to the root of AdamW's second moment; muon adds it to a matrix's norm too."""
     weight_decay: float = 0.2
     """Decoupled weight decay, times the learning rate."""
     decay: Literal["kernels", "all_but_norms", "matrices"] = "kernels"

@@ -75,10 +75,11 @@ class SavedDatasetSource:
         if isinstance(value, dict):
             # Karpathy's sentences: a column of texts among those of tokens and numbers.
             value = value.get("raw")
-        values = [value] if isinstance(value, str) or value is None else value
+        values = value if isinstance(value, list | tuple) else [value]
         texts = [text.get("raw") if isinstance(text, dict) else text for text in values]
-        if any(not isinstance(text, str | None) for text in texts):
-            raise UserError(f"data: column {self._caption} of {self.name} holds {texts[0]!r}; accepted: texts")
+        for text in texts:
+            if not isinstance(text, str | None):
+                raise UserError(f"data: column {self._caption} of {self.name} holds {text!r}; accepted: texts")
         return tuple(text.strip() for text in texts if text and text.strip())
 
     def metadata(self, index: int) -> dict[str, Any]:

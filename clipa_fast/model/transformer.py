@@ -55,7 +55,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclass(frozen=True)
 class Pool:
-    """How a tower is read: [B * T, features] to [B, features], the same for every feature, and linear."""
+    """How a tower is read: [B * T, features] to [B, features], a mean over some tokens or one of them."""
 
     read: Callable[[jax.Array], jax.Array]
     """[B, T, features] to [B, features]."""

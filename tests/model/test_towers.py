@@ -226,10 +226,10 @@ def test_remat_and_unroll_change_no_value_and_no_gradient(batch, image_pool, tex
 
     other_config = dataclasses.replace(config, remat="both", scan_unroll=unroll)
     (loss, plain), (same_loss, other) = gradient(config), gradient(other_config)
-    # A loss near zero is a difference of numbers near 10, which float32 rounds by 1e-6.
-    np.testing.assert_allclose(loss, same_loss, rtol=1e-6, atol=2e-6)
+    np.testing.assert_allclose(loss, same_loss, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(float(jnp.abs(a).max()), 1e-3))
+        # Small gradients (the temperature's is 0.001) are what is left of terms of order 1, which float32 rounds by 6e-8.
+        np.testing.assert_allclose(a, b, rtol=0, atol=max(1e-5 * float(jnp.abs(a).max()), 1e-7))
 
 
 def test_bfloat16_computes_in_bfloat16_and_returns_float32(batch):

@@ -21,9 +21,11 @@ def test_steps_of_a_run(config, source, monkeypatch):
     assert {"attention", "attention projections", "mlp", "optimizer", "loss"} <= set(parts) <= set(PARTS)
     assert 0 < profile.busy_ms <= profile.step_ms
     assert profile.waiting_share == pytest.approx(1 - profile.busy_ms / profile.step_ms)
-    # Two products forward and four backward, in an image tower of 5 tokens and a text tower of 4, 16 pairs each.
-    assert parts["mlp"].flops == 2 * 6 * 16 * (5 * 32 * 64 + 4 * 24 * 48)
-    assert parts["attention projections"].flops == 2 * 3 * 16 * 4 * (5 * 32**2 + 4 * 24**2)
+    # Each product has one forward and two backward, in an image tower of 5 tokens and a text tower of 4, 16 pairs each.
+    # Both have one block, of which only what is read is computed: the last product of the mean picture token, and all
+    # that follows attention of the last text token.
+    assert parts["mlp"].flops == 2 * 3 * 16 * ((5 + 1) * 32 * 64 + (1 + 1) * 24 * 48)
+    assert parts["attention projections"].flops == 2 * 3 * 16 * (4 * 5 * 32**2 + (3 * 4 + 1) * 24**2)
     assert all(part.num_bytes > 0 for part in profile.parts), profile.table()
     assert "waiting for input and host" in profile.table()
 
