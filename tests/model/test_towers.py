@@ -228,7 +228,7 @@ def test_remat_and_unroll_change_no_value_and_no_gradient(batch, image_pool, tex
     (loss, plain), (same_loss, other) = gradient(config), gradient(other_config)
     np.testing.assert_allclose(loss, same_loss, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
-        # Small gradients (the temperature's is 0.001) are what is left of terms of order 1, which float32 rounds by 6e-8.
+        # Small gradients (0.001, the temperature's) are left of terms of order 1, which float32 rounds by 6e-8.
         np.testing.assert_allclose(a, b, rtol=0, atol=max(1e-5 * float(jnp.abs(a).max()), 1e-7))
 
 
