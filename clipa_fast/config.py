@@ -152,11 +152,14 @@ class StageConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
+GLYPHS = "glyphs"  # the name of the built-in set among shards
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where pictures and captions come from."""
 
-    train: tuple[str, ...] = ("glyphs",)
+    train: tuple[str, ...] = (GLYPHS,)
     """Tar shards: paths or URLs (gs://, s3://, https://, "pipe:COMMAND"), globs or brace lists; or the built-in set
     `glyphs`."""
     weights: tuple[float, ...] = ()

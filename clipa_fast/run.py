@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from clipa_fast.config import COMPUTING_FIELDS, DataConfig, ModelConfig, RunConfig, config_to_yaml, load_config
+from clipa_fast.config import COMPUTING_FIELDS, GLYPHS, DataConfig, ModelConfig, RunConfig, config_to_yaml, load_config
 from clipa_fast.data.glyphs import GlyphSource
 from clipa_fast.data.shards import ShardSource
 from clipa_fast.data.source import Source, all_captions
@@ -24,7 +24,6 @@ from clipa_fast.progress import PlainProgress
 from clipa_fast.text.open_tokenizer import AnyTokenizer, open_tokenizer
 from clipa_fast.text.tokenizer import WordPieceTokenizer
 
-GLYPHS = "glyphs"
 CAPTIONS = "captions"
 # Captions beyond these hardly change a trained vocabulary, and reading them all would read all shards.
 _VOCABULARY_SAMPLES = 500_000

@@ -9,12 +9,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from clipa_fast.config import GLYPHS
 from clipa_fast.errors import UserError
 from clipa_fast.scaling.grid import Cell, Grid, numbers
 
@@ -46,7 +47,9 @@ class ScalingCommand:
     """Global batch."""
     base_learning_rate: float = 3e-3
     """Peak learning rate per 256 samples for towers 128 wide; wider ones get 128 / width of it."""
-    data: tuple[str, ...] = ("glyphs",)
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw as the papers, or muon, which learns more from each sample where a grid must be brief."""
+    data: tuple[str, ...] = (GLYPHS,)
     """Tar shards, or glyphs."""
     eval_data: tuple[str, ...] = ()
     """Shards evaluated on; needed with shards. glyphs are evaluated on their two unseen styles."""
@@ -64,6 +67,7 @@ class ScalingCommand:
             batch_size=self.batch_size,
             base_learning_rate=self.base_learning_rate,
             data=self.data,
+            optimizer=self.optimizer,
         )
 
 
@@ -76,7 +80,7 @@ def scaling_command(options: ScalingCommand, console: Console | None = None) -> 
       UserError: an option is wrong, or the folder holds another grid.
     """
     from clipa_fast.config import DataConfig
-    from clipa_fast.run import GLYPHS, open_source
+    from clipa_fast.run import open_source
 
     console = console or Console()
     grid = options.grid()
@@ -144,7 +148,7 @@ def read_results(path: Path) -> dict[Cell, dict[str, Any]]:
 
 def _check_folder(folder: Path, grid: Grid) -> None:
     """Makes the folder; one that holds a grid must hold this one, but for models, lengths and seeds that join it."""
-    fixed = ("samples", "finetune_samples", "batch_size", "base_learning_rate", "data")
+    fixed = ("samples", "finetune_samples", "batch_size", "base_learning_rate", "data", "optimizer")
     settings = {name: getattr(grid, name) for name in fixed}
     settings |= {"image_tokens": grid.image_tokens[-1], "text_tokens": grid.text_tokens[-1]}
     text, path = json.dumps(settings, indent=1), folder / "grid.json"

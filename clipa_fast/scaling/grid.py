@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from clipa_fast.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, StageConfig, TowerSize
+from clipa_fast.config import GLYPHS, DataConfig, ModelConfig, OptimizerConfig, RunConfig, StageConfig, TowerSize
 from clipa_fast.errors import UserError
 from clipa_fast.model.presets import VISION, towers
 
@@ -58,6 +59,7 @@ class Grid:
       batch_size: of both stages.
       base_learning_rate: per 256 samples, of towers 128 wide; wider ones get 128 / width of it.
       data: shards, or glyphs.
+      optimizer: adamw, or muon where few samples must do.
     """
 
     models: tuple[str, ...]
@@ -70,6 +72,7 @@ class Grid:
     batch_size: int
     base_learning_rate: float
     data: tuple[str, ...]
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
     def __post_init__(self):
         for name in ("models", "image_tokens", "text_tokens", "seeds"):
@@ -133,8 +136,10 @@ class Grid:
     def config(self, cell: Cell) -> RunConfig:
         """A run's config: pretraining on few tokens, fine-tuning on all image positions and text tokens."""
         model = self.model_config(cell.model)
+        if GLYPHS in self.data:
+            model = replace(model, pixel_norm="glyphs")
         rate = self.base_learning_rate * min(1.0, _REFERENCE_WIDTH / towers(model).vision.width)
-        optimizer = OptimizerConfig(beta2=0.98, weight_decay=0.1)
+        optimizer = OptimizerConfig(name=self.optimizer, beta2=0.98, weight_decay=0.1)
 
         def stage(name: str, tokens: int, text: int, samples: int, mask: float) -> StageConfig:
             return StageConfig(
