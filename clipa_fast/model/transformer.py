@@ -22,7 +22,7 @@ _ZEROS = nnx.initializers.zeros_init()
 
 _POLICIES = {
     "nothing": None,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention_output"),
+    "attention": jax.checkpoint_policies.save_only_these_names("attention_output", "attention_statistics"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 """`ModelConfig.remat_policy`: what a recomputed block keeps."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from clipa_kernels import flat_attention
 from clipa_kernels.tpu import tile_attention
-from clipa_kernels.tpu.tiling import Tiling, head_groups, looped_group, tile_of
+from clipa_kernels.tpu.tiling import BACKWARD_STAGES, Tiling, head_groups, looped_group, tile_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,12 +83,43 @@ def test_heads_in_a_loop():
     check_tiling(tiling, operands, num_heads)
 
 
-@pytest.mark.parametrize("lags", [(1, 2), (1, 4), (2, 5)])
-def test_any_pipelining(lags):
+@pytest.mark.parametrize(("unroll", "lags", "spread"), [(2, (1, 2), 0), (2, (1, 4), 0), (1, (2, 5), 0), (1, (1, 2), 2)])
+def test_any_pipelining(unroll, lags, spread):
+    """Three passes over six tiles, or more, each of which ends what the one before began."""
     seq_len = 20
-    operands = random_operands(2, 6, seq_len, 4, 64, F32)
+    operands = random_operands(2, 12, seq_len, 4, 64, F32)
     sequences, rows = tile_of(seq_len, 2)
-    check_tiling(Tiling(seq_len, sequences, rows, 6, 256, head_groups(4, 64, 2, 128), 2, lags), operands, 4)
+    groups = head_groups(4, 64, 2, 128)
+    check_tiling(Tiling(seq_len, sequences, rows, 12, 256, groups, unroll, lags, spread=spread), operands, 4)
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "num_heads", "together", "looped"),
+    [
+        (131, 2, 2, 0),
+        pytest.param(257, 4, 4, 0, marks=pytest.mark.slow),
+        pytest.param(210, 2, 1, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_passes_over_long_tiles(seq_len, num_heads, together, looped):
+    """Two and four heads that share columns, or heads in a loop, where the tiles start anywhere in their rows."""
+    operands = random_operands(2, 8, seq_len, num_heads, 64, BF16)
+    groups = (looped_group(64),) if looped else head_groups(num_heads, 64, together, 64 * together)
+    rows = tile_of(seq_len, 1)[1]
+    tiling = Tiling(seq_len, 1, rows, 8, 64 * num_heads, groups, 2, (1, 2), looped)
+    assert tiling.is_rolling(BACKWARD_STAGES)
+    assert tiling.offsets > 1
+    check_tiling(tiling, operands, num_heads)
+
+
+@pytest.mark.parametrize("seq_len", [20, 131])
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_keys_and_values_with_much_in_common(seq_len, dtype):
+    """The gradient of a query is a small difference of large terms here, and as exact as XLA's none the less."""
+    query, key, value, cotangent = random_operands(6, 2, seq_len, 2, 64, F32)
+    operands = [x.astype(dtype) for x in (query, key + 4, value + 8, cotangent + 1)]
+    with interpreter():
+        assert_close(tpu(2, seq_len), operands, num_heads=2, seq_len=seq_len)
 
 
 def check_tiling(tiling, operands, num_heads):
@@ -98,9 +129,15 @@ def check_tiling(tiling, operands, num_heads):
     def attention(query, key, value):
         return tile_attention.forward(query, key, value, None, **options)[0]
 
-    attention.defvjp(
-        lambda *xs: (attention(*xs), xs), lambda xs, g: tuple(tile_attention.backward(*xs, g, None, **options))
-    )
+    def forward(*inputs):
+        output, *statistics = tile_attention.forward(*inputs, None, **options, keep_statistics=True)
+        return output, (inputs, statistics)
+
+    def backward(kept, cotangent):
+        inputs, statistics = kept
+        return tuple(tile_attention.backward(*inputs, cotangent, statistics, None, **options))
+
+    attention.defvjp(forward, backward)
     with interpreter():
         assert_close(attention, operands, num_heads=num_heads, seq_len=tiling.length, scale=0.2)
 
@@ -140,6 +177,18 @@ def test_transformations():
                 np.testing.assert_allclose(got, exact, rtol=0, atol=atol, err_msg=name)
 
 
+@pytest.mark.parametrize("seq_len", [9, 131])
+def test_a_gradient_pulled_back_many_times(seq_len):
+    """The backward may see more sequences at once than the forward did."""
+    *inputs, cotangent = random_operands(4, 1, seq_len, 1, 32, F32)
+    cotangents = jnp.stack([cotangent, -2 * cotangent])
+    with interpreter():
+        pull = jax.vjp(tpu(1, seq_len), *inputs)[1]
+        for got, exact in zip(jax.vmap(pull)(cotangents), pull(cotangent), strict=True):
+            atol = 16 * float(jnp.finfo(F32).eps) * np.abs(exact).max()
+            np.testing.assert_allclose(got, np.stack([exact, -2 * exact]), rtol=0, atol=atol)
+
+
 def test_a_checkpoint_policy_can_keep_the_operands(capsys):
     """What the backward reads has names: a layer that keeps them makes neither projections nor kernel again."""
     names = ("attention_query", "attention_key", "attention_value")
@@ -155,6 +204,24 @@ def test_a_checkpoint_policy_can_keep_the_operands(capsys):
 
     assert all(saved(*names).count(f"named '{name}'") == 1 for name in names)
     assert "named" not in saved()
+
+
+def test_a_checkpoint_policy_can_keep_the_statistics():
+    """A layer of long sequences that keeps its output and statistics runs the forward once."""
+
+    def kernels(jaxpr) -> int:
+        values = [value for equation in jaxpr.eqns for value in equation.params.values()]
+        inner = [getattr(value, "jaxpr", value) for value in values]
+        own = sum(equation.primitive.name == "pallas_call" for equation in jaxpr.eqns)
+        return own or sum(kernels(each) for each in inner if hasattr(each, "eqns"))
+
+    def calls(*kept):
+        policy = jax.checkpoint_policies.save_only_these_names(*kept)
+        layer = jax.checkpoint(lambda x: jnp.square(tpu(2, 140)(x, x, x)).sum(), policy=policy)
+        return kernels(jax.make_jaxpr(jax.grad(layer))(jnp.ones((280, 64), BF16)).jaxpr)
+
+    assert calls("attention_output", "attention_statistics") == 2
+    assert calls("attention_output") == 3
 
 
 def test_what_is_not_served_says_why():

@@ -2,8 +2,8 @@
 
 from clipa_kernels.tpu.block_sizes import choose_tiling, lanes_per_head, padded_batch, vmem_bytes
 from clipa_kernels.tpu.chips import CHIPS
-from clipa_kernels.tpu.tile_attention import tile_bias
-from clipa_kernels.tpu.tiling import LANES, columns_of, head_groups
+from clipa_kernels.tpu.tile_mask import tile_bias
+from clipa_kernels.tpu.tiling import BACKWARD_STAGES, FORWARD_STAGES, LANES, columns_of, head_groups
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,6 +38,11 @@ def test_tilings_cover_and_fit(sizes):
     assert width % tiling.block_lanes == 0
     assert tiling.block_lanes in (width, tiling.block_lanes // LANES * LANES)
     assert tiling.block_lanes % sizes["head_dim"] == 0
+    for stages in (FORWARD_STAGES, BACKWARD_STAGES):
+        waiting = tiling.logits_places(stages), tiling.products_places(stages)
+        assert waiting[0] > tiling.lags[0]
+        if tiling.is_rolling(stages):  # what a pass leaves for the next one is where that looks for it
+            assert tiling.items % waiting[0] == tiling.unroll * len(tiling.groups) % waiting[1] == 0
     for tile in range(tiling.tiles):
         first = min(tile * tiling.sequences, tiling.block_sequences - tiling.sequences) * tiling.length
         start = min(first // 8 * 8, tiling.block_rows - tiling.tile_rows)
@@ -69,11 +74,12 @@ def test_head_groups_hold_every_head_once(num_heads, head_dim, mxu):
         assert all(0 <= a < b <= g.width for a, b in g.heads)
 
 
-@given(st.integers(1, 64).map(lambda n: 16 * n), st.integers(1, 2))
+@given(st.integers(1, 64).map(lambda n: 16 * n), st.integers(1, 4))
 def test_columns_hold_every_query_once(rows, heads):
     columns = columns_of(rows, heads)
     assert columns.own_rows + columns.shared_rows == rows
     assert columns.own_rows <= columns.own
     assert columns.shared_rows <= columns.shared
+    assert heads * columns.shared <= LANES
     assert columns.total % LANES == 0
     assert columns.total == heads * columns.own + (LANES if columns.shared else 0)

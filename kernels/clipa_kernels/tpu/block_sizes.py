@@ -5,6 +5,8 @@ from typing import NamedTuple
 from clipa_kernels.tpu.block_table import TABLE
 from clipa_kernels.tpu.chips import Chip
 from clipa_kernels.tpu.tiling import (
+    BACKWARD_STAGES,
+    FORWARD_STAGES,
     LANES,
     HeadGroup,
     Tiling,
@@ -17,7 +19,9 @@ from clipa_kernels.tpu.tiling import (
     tile_of,
 )
 
-MAX_REGISTERS = 1200  # of logits in one loop body; the size of the program and its compile time grow with them
+# Registers of logits: the size of the program and its compile time grow with them.
+MAX_REGISTERS = 1200  # for the heads of a block; more are looped over
+MAX_UNROLLED = 1500  # in one loop body of several tiles
 
 
 class Settings(NamedTuple):
@@ -34,7 +38,12 @@ class Settings(NamedTuple):
 
 
 # What holds up to some length for whatever the table does not list.
-DEFAULTS = {128: Settings(8, 14, (1, 4), 0), 208: Settings(12, 12, (1, 2), 1), 1024: Settings(6, 6, (1, 2), 1)}
+DEFAULTS = {
+    128: Settings(8, 14, (1, 4), 0),
+    208: Settings(12, 12, (1, 3), 1),
+    300: Settings(12, 6, (1, 3), 2),
+    1024: Settings(6, 6, (1, 4), 1),
+}
 
 
 def settings_for(chip: str, itemsize: int, length: int, head_dim: int) -> Settings:
@@ -47,13 +56,14 @@ def settings_for(chip: str, itemsize: int, length: int, head_dim: int) -> Settin
 
 def vmem_bytes(tiling: Tiling, itemsize: int, tensors: int) -> int:
     """VMEM that a kernel with `tensors` operands and results takes: all twice, for loads and stores under way."""
-    lanes = round_up(tiling.block_lanes, 128)
+    lanes, stages = round_up(tiling.block_lanes, 128), BACKWARD_STAGES if tensors == 7 else FORWARD_STAGES
     blocks = 2 * tensors * round_up(tiling.block_rows, 8) * lanes * itemsize
     width = max(tiling.columns(group).total for group in tiling.groups)
-    logits = 2 * tiling.tile_rows * min(width, 2 * LANES) * (tiling.lags[0] + 1) * 4
-    products = 2 * tiling.tile_rows * width * (tiling.lags[1] + 2 * tiling.spread - tiling.lags[0] + 1) * itemsize
-    bias = (tiling.offsets + tiling.unroll) * tiling.tile_rows * LANES * 4
-    return blocks + logits + products + bias + 3 * tiling.tile_rows * lanes * 4
+    logits = 2 * tiling.tile_rows * min(width, 2 * LANES) * tiling.logits_places(stages) * 4
+    products = 2 * tiling.tile_rows * width * tiling.products_places(stages) * itemsize
+    statistics = 2 * tiling.block_sequences * tiling.heads * 8 * tiling.statistics_lanes * 4 if tiling.is_long else 0
+    bias = (tiling.offsets + 2 * tiling.unroll) * tiling.tile_rows * LANES * 4
+    return blocks + statistics + logits + products + bias + 3 * tiling.tile_rows * lanes * 4
 
 
 def padded_batch(batch: int, length: int) -> int:
@@ -86,7 +96,9 @@ def choose_tiling(
     width = num_heads * head_dim
     best = None
     for lanes in sorted({lane_block(num_heads, head_dim, h) for h in (1, heads_wanted)}):
-        groups, looped = head_groups(lanes // head_dim, head_dim, 2, chip.mxu), 0
+        rows = tile_of(length, 1)[1]
+        together = 4 if 0 < rows % LANES <= LANES // 4 < LANES < rows else 2
+        groups, looped = head_groups(lanes // head_dim, head_dim, together, chip.mxu), 0
         if sum(_logits_registers(length, group) for group in groups) > MAX_REGISTERS:
             if lanes % LANES or lanes < looped_group(head_dim).width:
                 continue
@@ -96,9 +108,8 @@ def choose_tiling(
                 continue
             together, rows = tile_of(length, sequences)
             tiles = -(-sequences // together)
-            unroll = max(1, min(tiles, round(items / len(groups))))
-            if sum(_logits_registers(length, group) for group in groups) * unroll > MAX_REGISTERS:
-                unroll = 1  # a smaller number was no better at 577 tokens
+            registers = sum(_logits_registers(length, group) for group in groups)
+            unroll = max(1, min(tiles, round(items / len(groups)), MAX_UNROLLED // registers))
             tiling = Tiling(length, together, rows, sequences, lanes, groups, unroll, lags, looped, spread)
             if rows > tiling.block_rows or vmem_bytes(tiling, itemsize, tensors) > chip.vmem_bytes:
                 continue

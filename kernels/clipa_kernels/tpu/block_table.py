@@ -4,4 +4,7 @@
 forward and backward among the candidates tried, at 12 heads, or 16 from head_dim 80 on, and about 32,768 tokens.
 """
 
-TABLE: dict[tuple[str, str, int, int], tuple[int, int, tuple[int, int], int]] = {}
+TABLE: dict[tuple[str, str, int, int], tuple[int, int, tuple[int, int], int]] = {
+    ("v6e", "bfloat16", 257, 64): (12, 6, (1, 4), 1),
+    ("v6e", "bfloat16", 577, 64): (6, 2, (1, 5), 1),
+}

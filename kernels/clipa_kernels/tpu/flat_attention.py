@@ -27,71 +27,108 @@ class FlatAttention:
 
 
 @functools.cache
-def _kernel(kernel: Callable, config: FlatAttention, operands: int, results: int) -> Callable[..., tuple]:
+def _kernel(kernel: Callable, config: FlatAttention, has_lengths: bool) -> Callable[..., tuple]:
     """The kernel for one kind of call, which `vmap` can take; its arguments are the operands, then maybe lengths."""
-    return foldable(lambda *arrays: tuple(_run(kernel, config, arrays[:operands], results, *arrays[operands:])))
+
+    def run(*arrays):
+        operands, lengths = (arrays[:-1], arrays[-1]) if has_lengths else (arrays, None)
+        return tuple(kernel(config, operands, lengths))
+
+    return foldable(run)
 
 
-def _call(kernel: Callable, config: FlatAttention, operands: list[jax.Array], results: int, lengths: jax.Array | None):
+def _call(kernel: Callable, config: FlatAttention, operands: tuple, lengths: jax.Array | None) -> tuple:
     arrays = (*operands, *([] if lengths is None else [lengths]))
     sequences = operands[0].shape[0] // config.seq_len
-    return on_each_device(_kernel(kernel, config, len(operands), results), arrays, sequences)
+    return on_each_device(_kernel(kernel, config, lengths is not None), arrays, sequences)
 
 
-def _run(kernel: Callable, config: FlatAttention, operands: tuple, results: int, lengths: jax.Array | None = None):
-    """Run a kernel on operands that are padded where they have to be: with sequences up to whole blocks, which only
-    batches that are no multiple of 8 need, and with lanes, where a block of whole heads would not fit in VMEM."""
-    rows, width = operands[0].shape
-    head_dim = width // config.num_heads
-    batch = padded_batch(rows // config.seq_len, config.seq_len)
-    sizes = operands[0].dtype.itemsize, len(operands) + results, config.chip
-    lanes = lanes_per_head(batch, config.seq_len, config.num_heads, head_dim, *sizes)
-    assert lanes is not None, "supports() lets through only what fits"
-    tiling = choose_tiling(batch, config.seq_len, config.num_heads, lanes, *sizes)
-    if lengths is not None:
-        lengths = jnp.pad(lengths, (0, batch - lengths.shape[0]))
+class _Padded:
+    """A call whose operands are padded where they have to be: with sequences up to whole blocks, which only batches
+    that are no multiple of 8 need, and with lanes, where a block of whole heads would not fit in VMEM."""
 
-    def pad(x):
-        if lanes != head_dim:
-            x = jnp.pad(x.reshape(rows, config.num_heads, head_dim), ((0, 0), (0, 0), (0, lanes - head_dim)))
-            x = x.reshape(rows, -1)
-        missing = batch * config.seq_len - rows
-        return jnp.pad(x, ((0, missing), (0, 0))) if missing else x
+    def __init__(self, config: FlatAttention, query: jax.Array, tensors: int):
+        self.config = config
+        self.rows, self.width = query.shape
+        self.sequences = self.rows // config.seq_len
+        self.batch = padded_batch(self.sequences, config.seq_len)
+        self.head_dim = self.width // config.num_heads
+        sizes = query.dtype.itemsize, tensors, config.chip
+        lanes = lanes_per_head(self.batch, config.seq_len, config.num_heads, self.head_dim, *sizes)
+        assert lanes is not None, "supports() lets through only what fits"
+        self.lanes = lanes
+        self.tiling = choose_tiling(self.batch, config.seq_len, config.num_heads, lanes, *sizes)
 
-    def unpad(x):
-        x = x[:rows]
-        return x if lanes == head_dim else x.reshape(rows, -1, lanes)[:, :, :head_dim].reshape(rows, width)
+    def options(self) -> dict:
+        """What both kernels take by name."""
+        return {
+            "tiling": self.tiling,
+            "scale": self.config.scale,
+            "is_causal": self.config.is_causal,
+            "vmem_bytes": self.config.chip.vmem_bytes + (8 << 20),  # what the compiler spills comes on top
+            "interpret": self.config.interpret,
+        }
 
-    results = kernel(
-        *map(pad, operands),
-        lengths,
-        tiling=tiling,
-        scale=config.scale,
-        is_causal=config.is_causal,
-        vmem_bytes=config.chip.vmem_bytes + (8 << 20),  # what the compiler spills comes on top
-        interpret=config.interpret,
-    )
-    return [unpad(x) for x in results]
+    def pad(self, x: jax.Array) -> jax.Array:
+        """[rows, lanes], or an array of one entry for each sequence."""
+        if x.ndim == 2 and self.lanes != self.head_dim:
+            x = x.reshape(self.rows, self.config.num_heads, self.head_dim)
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, self.lanes - self.head_dim))).reshape(self.rows, -1)
+        missing = (self.batch - self.sequences) * (self.config.seq_len if x.ndim == 2 else 1)
+        return jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1))) if missing else x
+
+    def unpad(self, x: jax.Array) -> jax.Array:
+        """Undoes `pad`."""
+        if x.ndim != 2:
+            return x[: self.sequences]
+        x = x[: self.rows]
+        if self.lanes == self.head_dim:
+            return x
+        return x.reshape(self.rows, -1, self.lanes)[:, :, : self.head_dim].reshape(self.rows, self.width)
+
+
+def _run_forward(
+    config: FlatAttention, operands: tuple, lengths: jax.Array | None, keep_statistics: bool
+) -> list[jax.Array]:
+    call = _Padded(config, operands[0], tensors=4)
+    lengths = lengths if lengths is None else call.pad(lengths)
+    options = call.options() | {"keep_statistics": keep_statistics}
+    results = tile_attention.forward(*map(call.pad, operands), lengths, **options)
+    return [call.unpad(x) for x in results]
+
+
+_forward_alone = functools.partial(_run_forward, keep_statistics=False)
+_forward_for_backward = functools.partial(_run_forward, keep_statistics=True)
+
+
+def _run_backward(config: FlatAttention, operands: tuple, lengths: jax.Array | None) -> list[jax.Array]:
+    call = _Padded(config, operands[0], tensors=7)
+    lengths = lengths if lengths is None else call.pad(lengths)
+    query, key, value, d_out, *statistics = map(call.pad, operands)
+    gradients = tile_attention.backward(query, key, value, d_out, statistics, lengths, **call.options())
+    return [call.unpad(x) for x in gradients]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(config: FlatAttention, query, key, value, lengths):
-    return _call(tile_attention.forward, config, [query, key, value], 1, lengths)[0]
+    return _call(_forward_alone, config, (query, key, value), lengths)[0]
 
 
 def _forward(config: FlatAttention, query, key, value, lengths):
-    # The backward takes the operands alone. They are named so that a checkpoint policy can choose to keep them.
+    # What the backward takes has names, so that a checkpoint policy can choose to keep it.
     query, key, value = (
         checkpoint_name(x, name)
         for x, name in ((query, "attention_query"), (key, "attention_key"), (value, "attention_value"))
     )
-    return _attention(config, query, key, value, lengths), (query, key, value, lengths)
+    output, *statistics = _call(_forward_for_backward, config, (query, key, value), lengths)
+    statistics = [checkpoint_name(x, "attention_statistics") for x in statistics]
+    return output, (query, key, value, statistics, lengths)
 
 
 def _backward(config: FlatAttention, residuals, d_out):
-    query, key, value, lengths = residuals
-    gradients = _call(tile_attention.backward, config, [query, key, value, d_out.astype(query.dtype)], 3, lengths)
-    return (*gradients, None)
+    query, key, value, statistics, lengths = residuals
+    operands = query, key, value, d_out.astype(query.dtype), *statistics
+    return (*_call(_run_backward, config, operands, lengths), None)
 
 
 _attention.defvjp(_forward, _backward)
@@ -106,6 +143,8 @@ def flat_attention(config: FlatAttention, query, key, value, lengths=None) -> ja
       lengths: optional int32 [B]; keys at or beyond are not seen.
 
     Returns:
-      [B * T, N * H], named "attention_output" for checkpoint policies.
+      [B * T, N * H], named "attention_output" for checkpoint policies. Of sequences whose tiles are long the backward
+      also takes what is named "attention_statistics", one number for each query and head; a policy that keeps both
+      runs the forward only once.
     """
     return checkpoint_name(_attention(config, query, key, value, lengths), "attention_output")

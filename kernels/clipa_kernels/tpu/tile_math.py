@@ -9,18 +9,21 @@ same effect and cost one AND per register; the products of several heads then ad
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from clipa_kernels.tpu.compat import pltpu
-from clipa_kernels.tpu.tiling import LANES, Columns
+from clipa_kernels.tpu.tiling import LANES, SUBLANES, Columns
 
 Heads = tuple[tuple[int, int], ...]
 
 MASKED = -1e30
 """Added to the logits of keys that a query must not see."""
+UNSEEN = 1e30
+"""Taken as the log2 of a sum of exponentials: so large that every probability is 0."""
 LOWEST = -1e25
 """No row maximum is taken below this, so that masked logits vanish even where a query sees no key at all."""
 TINY = 1e-30
@@ -94,6 +97,31 @@ def sum_over_keys(weights: jax.Array, x: jax.Array, heads: Heads, columns: Colum
         part = both[h * columns.shared : h * columns.shared + columns.shared_rows]
         rest = jnp.where((lane >= start) & (lane < stop), part, rest)
     return jnp.concatenate([total, rest], axis=0)
+
+
+def columns_as_rows(x: jax.Array, width: int, heads: Heads, columns: Columns) -> jax.Array:
+    """[1, columns] -> [tile rows, width]: for each query's row, the value of each head in that head's lanes."""
+    x = jnp.broadcast_to(x, (LANES, x.shape[1]))
+    x = jnp.concatenate([x[:, start : start + LANES].T for start in range(0, x.shape[1], LANES)], axis=0)
+
+    def of_head(h: int) -> jax.Array:
+        parts = [x[h * columns.own : h * columns.own + columns.own_rows]]
+        if columns.shared:
+            first = len(heads) * columns.own + h * columns.shared
+            parts.append(x[first : first + columns.shared_rows])
+        part = jnp.concatenate(parts, axis=0)
+        return jnp.concatenate([part] * -(-width // LANES), axis=1)[:, :width]
+
+    lane = lax.broadcasted_iota(jnp.int32, (1, width), 1)
+    result = of_head(0)
+    for h in range(1, len(heads)):
+        result = jnp.where(lane >= heads[h][0], of_head(h), result)
+    return result
+
+
+def by_registers(reduce: Callable, x: jax.Array) -> jax.Array:
+    """[8 n, columns] -> [8, columns]: each register with the others, not yet the rows of a register."""
+    return reduce(x.reshape(-1, SUBLANES, x.shape[1]), axis=0)
 
 
 def probabilities(logits: jax.Array, scale: float, factor: jax.Array | float = 1.0) -> jax.Array:

@@ -9,11 +9,15 @@ window of whole 128-lane tiles they lie in.
 """
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
 LANES = 128
 SUBLANES = 8
+CHUNK = 2 * LANES  # columns of logits that are computed at a time
+FORWARD_STAGES = 3
+BACKWARD_STAGES = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +39,8 @@ class Columns:
     """Which query of a tile stands in which column (lane) of the logits of a head group.
 
     Every head has `own` columns, a multiple of 128, for the tile's first `own_rows` queries. Where few queries are
-    left (two heads, at most 64 rows over a multiple of 128) those of both heads share the 128 columns that follow,
-    `shared` columns for each head: so two heads of 257 tokens need five times 128 columns instead of six.
+    left (of two heads at most 64 rows over a multiple of 128, of four 32) those of all heads share the 128 columns that
+    follow, `shared` columns for each head: so two heads of 257 tokens need five times 128 columns instead of six.
     """
 
     own: int
@@ -49,9 +53,9 @@ class Columns:
 def columns_of(rows: int, heads: int) -> Columns:
     """The columns of a group of `heads` heads in a tile of `rows` rows."""
     rest = rows % LANES
-    if rows > LANES and heads == 2 and 0 < rest <= LANES // 2:
-        shared = LANES // 2 if rest > LANES // 4 else LANES // 4
-        return Columns(rows - rest, rows - rest, shared, rest, 2 * (rows - rest) + LANES)
+    shared = LANES // 2 if rest > LANES // 4 else LANES // 4
+    if rows > LANES and heads > 1 and 0 < rest <= shared <= LANES // heads:
+        return Columns(rows - rest, rows - rest, shared, rest, heads * (rows - rest) + LANES)
     own = round_up(rows, LANES)
     return Columns(own, rows, 0, 0, heads * own)
 
@@ -89,6 +93,82 @@ class Tiling:
         return columns_of(self.tile_rows, len(group.heads))
 
     @property
+    def is_long(self) -> bool:
+        """Whether a tile holds one sequence and more than 128 rows."""
+        return self.tile_rows > LANES
+
+    def chunks(self, group: HeadGroup) -> range:
+        """First columns of the pieces in which a group's logits are made: short ones leave registers for others."""
+        return range(0, self.columns(group).total, CHUNK)
+
+    @property
+    def items(self) -> int:
+        """Pieces of logits in a pass of the loop."""
+        return self.unroll * sum(len(self.chunks(group)) for group in self.groups)
+
+    @property
+    def passes(self) -> int:
+        """Of the loop over a block's tiles."""
+        return -(-self.tiles * max(1, self.looped_heads) // self.unroll)
+
+    def lags_of(self, stages: int) -> list[int]:
+        """How many items after its first stage each stage of an item runs."""
+        first, second = self.lags
+        return [0, first, *(second + self.spread * i for i in range(stages - 2))]
+
+    def is_rolling(self, stages: int) -> bool:
+        """Whether a pass of the loop can end what the pass before it began.
+
+        That needs as many items in a pass as are under way, and head groups that share no lanes: sums of several
+        groups are kept in registers.
+        """
+        shared = not self.looped_heads and any(
+            a.lane_tiles.stop > b.lane_tiles.start for a, b in itertools.pairwise(self.groups)
+        )
+        groups = self.unroll * len(self.groups)
+        return (
+            self.passes >= 4
+            and not shared
+            and self.items >= self.lags_of(stages)[-1]
+            and groups >= self._groups_under_way(stages)
+        )
+
+    def _groups_under_way(self, stages: int) -> int:
+        pieces = min(len(self.chunks(group)) for group in self.groups)
+        _, first, *_, last = self.lags_of(stages)
+        return (pieces - 1 + last - first) // pieces + 1
+
+    def logits_places(self, stages: int) -> int:
+        """In how many places logits wait for the vector unit."""
+        return self._places(self.lags[0] + 1, self.items, stages)
+
+    def products_places(self, stages: int) -> int:
+        """In how many places a head group's probabilities wait for the matrix unit."""
+        return self._places(self._groups_under_way(stages), self.unroll * len(self.groups), stages)
+
+    def _places(self, needed: int, of: int, stages: int) -> int:
+        """Where passes overlap, a divisor of what passes through them: what waits has the same place in each pass."""
+        return next(n for n in range(needed, of + 1) if of % n == 0) if self.is_rolling(stages) else needed
+
+    def waiting_shapes(self, stages: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """[places, keys, columns] of what waits for the vector unit, and of what waits for the products."""
+        width = max(self.columns(group).total for group in self.groups)
+        return (
+            (self.logits_places(stages), self.tile_rows, min(width, CHUNK)),
+            (self.products_places(stages), self.tile_rows, width),
+        )
+
+    @property
+    def heads(self) -> int:
+        """Heads in a block."""
+        return self.looped_heads or sum(len(group.heads) for group in self.groups)
+
+    @property
+    def statistics_lanes(self) -> int:
+        """Lanes that a number for each query of a sequence takes."""
+        return round_up(self.tile_rows, LANES)
+
+    @property
     def offsets(self) -> int:
         """Number of places in a tile where its first sequence can start (0, 1, ...)."""
         return self.tile_rows - self.sequences * self.length + 1
@@ -119,6 +199,11 @@ def tile_of(length: int, at_most: int) -> tuple[int, int]:
 
     sequences = max((n for n in range(1, min(at_most, LANES // length) + 1) if rows(n) <= LANES), default=1)
     return sequences, rows(sequences)
+
+
+def is_long(length: int) -> bool:
+    """Whether tiles of such sequences are long ones, see `Tiling.is_long`."""
+    return tile_of(length, 1)[1] > LANES
 
 
 def head_groups(num_heads: int, head_dim: int, together: int, mxu: int) -> tuple[HeadGroup, ...]:

@@ -1,0 +1,175 @@
+"""The kernels for tiles of more than 128 rows, which hold one long sequence.
+
+Its logits fill more registers than there are, so the vector unit takes them in pieces, as the matrix unit leaves them.
+The forward of the longer ones divides the output, not the weights. It keeps one number for each query: the log2 of its
+sum of exponentials. With it the backward makes a probability from a logit alone. What it needs of all keys, the sum of
+probabilities times their gradients, it adds up itself: made from the rounded output, that sum would be wrong by a fifth
+of a gradient where values have much in common.
+"""
+
+import itertools
+import math
+
+import jax.numpy as jnp
+
+from clipa_kernels.tpu import tile_math as tm
+from clipa_kernels.tpu.compat import pltpu
+from clipa_kernels.tpu.gradient_products import gradient_products
+from clipa_kernels.tpu.tile_loop import Item, LaneTiles, Window, for_tiles, logits_place, products_place
+from clipa_kernels.tpu.tile_mask import mask_of_tile
+from clipa_kernels.tpu.tiling import BACKWARD_STAGES, FORWARD_STAGES, SUBLANES, Tiling
+
+PIECE = 32  # rows of logits that the vector unit works on at a time
+DIVIDE_OUTPUT_FROM = 200  # keys: of fewer it costs less to divide the weights
+
+
+def _pieces(tiling: Tiling) -> list[slice]:
+    """Rows of a tile's logits in pieces that registers can hold; the rows that need no mask stand by themselves."""
+    edges = tiling.rows_always_seen
+    cuts = sorted({0, edges.start, edges.stop, tiling.tile_rows})
+    return [
+        slice(row, min(row + PIECE, stop))
+        for start, stop in itertools.pairwise(cuts)
+        for row in range(start, stop, PIECE)
+    ]
+
+
+def forward_scratch(tiling: Tiling, dtype) -> list:
+    """VMEM for logits with their maxima, and for weights with what they are divided by and the log2 of that."""
+    logits, products = tiling.waiting_shapes(FORWARD_STAGES)
+    number, _, columns = products
+    return [
+        pltpu.VMEM(logits, jnp.float32),
+        pltpu.VMEM((logits[0], SUBLANES, logits[2]), jnp.float32),
+        pltpu.VMEM(products, dtype),
+        *[pltpu.VMEM((number, 1, columns), jnp.float32)] * 2,
+    ]
+
+
+def backward_scratch(tiling: Tiling, dtype) -> list:
+    """VMEM for gradients of probabilities with their sums, and for probabilities and gradients of logits."""
+    logits, products = tiling.waiting_shapes(BACKWARD_STAGES)
+    return [
+        pltpu.VMEM(logits, jnp.float32),
+        pltpu.VMEM((logits[0], 1, logits[2]), jnp.float32),
+        *[pltpu.VMEM(products, dtype)] * 2,
+    ]
+
+
+def forward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: bool, keep_statistics: bool, *refs):
+    """Refs: lengths if there are any, query, key, value, bias; output, statistics if they are kept; then
+    `forward_scratch` and the mask's."""
+    factor, divide_output = scale / math.log(2), tiling.tile_rows >= DIVIDE_OUTPUT_FROM
+    lengths_ref, refs = refs[0] if has_lengths else None, refs[has_lengths:]
+    query_ref, key_ref, value_ref, bias_ref, out_ref, *refs = refs
+    statistics_ref, refs = refs[0] if keep_statistics else None, refs[keep_statistics:]
+    logits_ref, top_ref, probs_ref, inverse_ref, sums_ref, *scratch = refs
+
+    def work(tile, slot):
+        window = Window(tiling, tile)
+        mask = mask_of_tile(tiling, window, is_causal, bias_ref, lengths_ref, scratch, slot)
+        out = LaneTiles(tiling, window, out_ref, 1)
+
+        def score(item: Item):
+            group = item.group
+            query = tm.queries_stacked(window.load(query_ref, group), group.heads, tiling.columns(group))[item.columns]
+            logits = tm.matmul(window.load(key_ref, group), query, transpose_b=True)
+            number, _, columns = logits_place(logits_ref, item)
+            top = jnp.full((SUBLANES, logits.shape[1]), tm.LOWEST, jnp.float32)
+            for rows in _pieces(tiling):
+                piece = mask(logits[rows], rows, item)
+                top = jnp.maximum(top, tm.by_registers(jnp.max, piece))
+                logits_ref[number, rows, columns] = piece
+            top_ref[number, :, columns] = top
+
+        def weigh(item: Item):
+            number, _, columns = logits_place(logits_ref, item)
+            place, _, own = products_place(probs_ref, item, item.columns)
+            top = jnp.max(top_ref[number, :, columns], axis=0, keepdims=True)
+            total, kept = jnp.zeros((SUBLANES, top.shape[1]), jnp.float32), []
+            for rows in _pieces(tiling):
+                weights = jnp.exp2((logits_ref[number, rows, columns] - top) * factor)
+                total += tm.by_registers(jnp.sum, weights)
+                if divide_output:
+                    probs_ref[place, rows, own] = weights.astype(probs_ref.dtype)
+                else:
+                    kept.append((rows, weights))
+            total = jnp.sum(total, axis=0, keepdims=True)
+            mine = window.queries_inside(item) & (total > 0)
+            total = jnp.maximum(total, tm.TINY)
+            inverse = jnp.where(mine, 1 / total, 0)
+            for rows, weights in kept:
+                probs_ref[place, rows, own] = (weights * inverse).astype(probs_ref.dtype)
+            inverse_ref[place, :, own] = inverse
+            sums_ref[place, :, own] = jnp.where(mine, top * factor + jnp.log2(total), tm.UNSEEN)
+
+        def combine(item: Item):
+            group, columns = item.group, tiling.columns(item.group)
+            place = products_place(probs_ref, item, slice(0, columns.total))
+            total = tm.sum_over_keys(probs_ref[place], window.load(value_ref, group), group.heads, columns)
+            if divide_output:
+                total *= tm.columns_as_rows(inverse_ref[place], group.width, group.heads, columns)
+            out.add(group, total)
+            if statistics_ref is not None:
+                window.store_statistics(statistics_ref, item, sums_ref[place])
+
+        return score, weigh, combine
+
+    for_tiles(tiling, FORWARD_STAGES, work)
+
+
+def backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: bool, *refs):
+    """Refs: lengths if there are any, query, key, value, gradient of the output, statistics of the forward, bias;
+    gradients of query, key, value; then `backward_scratch` and the mask's."""
+    factor = scale / math.log(2)
+    lengths_ref, refs = refs[0] if has_lengths else None, refs[has_lengths:]
+    query_ref, key_ref, value_ref, d_out_ref, statistics_ref, bias_ref, *refs = refs
+    d_query_ref, d_key_ref, d_value_ref, d_probs_ref, delta_ref, probs_ref, d_logits_ref, *scratch = refs
+    # Rounding the log2 of a sum makes all probabilities of a query too large or small by the same factor. That is
+    # nothing beside the rounding of bfloat16.
+    exact = query_ref.dtype == jnp.float32
+
+    def work(tile, slot):
+        window = Window(tiling, tile)
+        mask = mask_of_tile(tiling, window, is_causal, bias_ref, lengths_ref, scratch, slot)
+        d_query = LaneTiles(tiling, window, d_query_ref, scale)
+        d_key = LaneTiles(tiling, window, d_key_ref, scale)
+        d_value = LaneTiles(tiling, window, d_value_ref, 1)
+
+        def score(item: Item):
+            group, columns = item.group, tiling.columns(item.group)
+            query = tm.queries_stacked(window.load(query_ref, group), group.heads, columns)[item.columns]
+            d_out = tm.queries_stacked(window.load(d_out_ref, group), group.heads, columns)[item.columns]
+            logits = tm.matmul(window.load(key_ref, group), query, transpose_b=True)
+            d_probs = tm.matmul(window.load(value_ref, group), d_out, transpose_b=True)
+            number, _, waiting = logits_place(d_probs_ref, item)
+            place, _, own = products_place(probs_ref, item, item.columns)
+            sums = window.load_statistics(statistics_ref, item)
+            delta = total = jnp.zeros((SUBLANES, logits.shape[1]), jnp.float32)
+            for rows in _pieces(tiling):
+                probs = jnp.exp2(mask(logits[rows], rows, item) * factor - sums)
+                probs_ref[place, rows, own] = probs.astype(probs_ref.dtype)
+                d_probs_ref[number, rows, waiting] = d_probs[rows]
+                delta += tm.by_registers(jnp.sum, probs * d_probs[rows])
+                if exact:
+                    total += tm.by_registers(jnp.sum, probs)
+            delta = jnp.sum(delta, axis=0, keepdims=True)
+            if exact:
+                delta /= jnp.maximum(jnp.sum(total, axis=0, keepdims=True), tm.TINY)
+            delta_ref[number, :, waiting] = delta
+
+        def differentiate(item: Item):
+            number, _, waiting = logits_place(d_probs_ref, item)
+            place, _, own = products_place(probs_ref, item, item.columns)
+            delta = delta_ref[number, :, waiting]
+            for rows in _pieces(tiling):
+                probs = probs_ref[place, rows, own].astype(jnp.float32)
+                d_logits = probs * (d_probs_ref[number, rows, waiting] - delta)
+                d_logits_ref[place, rows, own] = d_logits.astype(d_logits_ref.dtype)
+
+        for_value, for_key, for_query = gradient_products(
+            tiling, window, query_ref, key_ref, d_out_ref, probs_ref, d_logits_ref, d_query, d_key, d_value
+        )
+        return score, differentiate, for_value, for_key, for_query
+
+    for_tiles(tiling, BACKWARD_STAGES, work)
