@@ -107,7 +107,7 @@ def test_a_train_steps_row_is_what_the_planner_calibrates_on(tmp_path, capsys):
     assert found.flops_per_second > 0
 
 
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_tower_case_has_the_towers_shapes(backward):
     case = tower.case("Ti/16", "64m50", 4, "float32", backward, None)
     out = jax.eval_shape(case.functions["ours"], *case.arguments)

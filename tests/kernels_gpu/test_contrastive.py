@@ -97,7 +97,9 @@ def test_options(kind, options):
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-@pytest.mark.parametrize("exchange", ["all_gather", "ring", ("ring", "all_gather")])
+@pytest.mark.parametrize(
+    "exchange", ["all_gather", *(pytest.param(e, marks=pytest.mark.slow) for e in ("ring", ("ring", "all_gather")))]
+)
 @pytest.mark.parametrize("kind", sorted(DESCRIBE))
 def test_eight_devices(kind, exchange):
     """Each with its own rows and columns; value, accuracy and gradients of the dense loss on one."""

@@ -154,7 +154,7 @@ def test_transformations():
 @pytest.mark.parametrize(
     ("kind", "axes", "exchange", "options"),
     [
-        ("contrastive", {"data": 8}, "all_gather", "none"),
+        pytest.param("contrastive", {"data": 8}, "all_gather", "none", marks=pytest.mark.slow),
         ("contrastive", {"data": 8}, "ring", "all"),
         ("contrastive", {"host": 2, "chip": 4}, ("ring", "all_gather"), "weights"),
         pytest.param("sigmoid", {"data": 8}, "ring", "weights", marks=pytest.mark.slow),

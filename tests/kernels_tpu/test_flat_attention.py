@@ -28,7 +28,7 @@ def tpu(num_heads, seq_len, lengths=None, **options):
     )
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=6)
 @given(
     seed=st.integers(0, 2**16),
     batch=st.integers(1, 9),
@@ -116,10 +116,10 @@ def test_passes_over_long_tiles(seq_len, num_heads, together, looped):
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_keys_and_values_with_much_in_common(seq_len, dtype):
     """The gradient of a query is a small difference of large terms here, and as exact as XLA's none the less."""
-    query, key, value, cotangent = random_operands(6, 2, seq_len, 2, 64, F32)
+    query, key, value, cotangent = random_operands(6, 1, seq_len, 1, 64, F32)
     operands = [x.astype(dtype) for x in (query, key + 4, value + 8, cotangent + 1)]
     with interpreter():
-        assert_close(tpu(2, seq_len), operands, num_heads=2, seq_len=seq_len)
+        assert_close(tpu(1, seq_len), operands, num_heads=1, seq_len=seq_len)
 
 
 def check_tiling(tiling, operands, num_heads):

@@ -106,7 +106,7 @@ def test_queries_without_keys_give_zeros():
     np.testing.assert_array_equal(lse, -np.inf)
 
 
-@pytest.mark.parametrize("in_axes", [(0, None), (None, 0)])
+@pytest.mark.parametrize("in_axes", [pytest.param((0, None), marks=pytest.mark.slow), (None, 0)])
 def test_vmap_with_and_without_a_shared_bias(in_axes):
     """vmap over the operands or over the bias: the same as with XLA, up to rounding."""
     rng = np.random.default_rng(2)

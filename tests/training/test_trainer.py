@@ -126,6 +126,7 @@ def test_stopped_and_resumed_to_the_bit(
     assert_equal_bits(params, finished[1])
 
 
+@pytest.mark.slow  # tests/test_cli.py kills a process
 def test_dead_after_its_checkpoint_repeats_the_same_steps(
     config, source, tokenizer, finished, tmp_path, console, monkeypatch
 ):
@@ -150,7 +151,7 @@ def test_dead_after_its_checkpoint_repeats_the_same_steps(
     assert_equal_bits(params, finished[1])
 
 
-@pytest.mark.parametrize("name", ["loss", "gradient_norm"])
+@pytest.mark.parametrize("name", ["loss", pytest.param("gradient_norm", marks=pytest.mark.slow)])
 def test_a_loss_or_gradient_that_is_no_number_ends_the_run(
     config, source, tokenizer, tmp_path, console, monkeypatch, name
 ):
