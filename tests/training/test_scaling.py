@@ -20,6 +20,17 @@ from clipa_fast.trainer import check_run
 REDUCED = ScalingCommand(models="64x2,192x3", image_tokens="4,16,64", text_tokens="8", finetune_keep="1.0", seeds="0,1")
 
 
+def test_the_optimizer_and_pixels_of_a_grid():
+    """Glyphs are normalised by their own mean; Muon trains where it is asked for, in either stage."""
+    grid = dataclasses.replace(REDUCED, optimizer="muon").grid()
+    config = grid.config(grid.cells()[0])
+    assert config.model.pixel_norm == "glyphs"
+    assert [stage.optimizer.name for stage in config.stages] == ["muon", "muon"]
+    shards = dataclasses.replace(REDUCED, data=("a.tar",)).grid()
+    assert shards.config(shards.cells()[0]).model.pixel_norm is None
+    assert {stage.optimizer.name for stage in shards.config(shards.cells()[0]).stages} == {"adamw"}
+
+
 def test_the_grids_runs():
     grid = ScalingCommand().grid()
     cells = grid.cells()
