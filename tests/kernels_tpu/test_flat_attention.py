@@ -49,12 +49,20 @@ def test_random_calls(seed, batch, seq_len, num_heads, head_dim, dtype, is_causa
 
 @pytest.mark.parametrize(
     ("batch", "seq_len", "num_heads", "head_dim"),
-    [(8, 17, 2, 64), (8, 37, 1, 88), (4, 50, 1, 104), (8, 65, 2, 64), (2, 138, 2, 64)],
+    [(8, 17, 2, 64), (8, 37, 1, 88), (4, 50, 1, 104), (8, 65, 2, 64), (1, 125, 1, 64), (1, 138, 2, 64)],
 )
 def test_lengths_of_clipa(batch, seq_len, num_heads, head_dim):
     operands = random_operands(0, batch, seq_len, num_heads, head_dim, BF16)
     with interpreter():
         assert_close(tpu(num_heads, seq_len), operands, num_heads=num_heads, seq_len=seq_len)
+
+
+@pytest.mark.parametrize(("batch", "seq_len"), [(1, 16), (2, 80)])
+def test_causal_order_where_a_sequence_fills_its_tile(batch, seq_len):
+    operands = random_operands(5, batch, seq_len, 1, 64, BF16)
+    options = {"num_heads": 1, "seq_len": seq_len, "is_causal": True}
+    with interpreter():
+        assert_close(tpu(**options), operands, **options)
 
 
 def test_masks_of_a_long_sequence():
@@ -106,7 +114,7 @@ def test_passes_over_long_tiles(seq_len, num_heads, together, looped):
     operands = random_operands(2, 8, seq_len, num_heads, 64, BF16)
     groups = (looped_group(64),) if looped else head_groups(num_heads, 64, together, 64 * together)
     rows = tile_of(seq_len, 1)[1]
-    tiling = Tiling(seq_len, 1, rows, 8, 64 * num_heads, groups, 2, (1, 2), looped)
+    tiling = Tiling(seq_len, 1, rows, 8, 64 * num_heads, groups, 3 if looped else 2, (1, 2), looped)
     assert tiling.is_rolling(BACKWARD_STAGES)
     assert tiling.offsets > 1
     check_tiling(tiling, operands, num_heads)

@@ -163,6 +163,7 @@ def backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: 
             place, _, own = products_place(probs_ref, item, item.columns)
             delta = delta_ref[number, :, waiting]
             for rows in _pieces(tiling):
+                # Rounded to the operands' dtype already, as the product with it is after this.
                 probs = probs_ref[place, rows, own].astype(jnp.float32)
                 d_logits = probs * (d_probs_ref[number, rows, waiting] - delta)
                 d_logits_ref[place, rows, own] = d_logits.astype(d_logits_ref.dtype)

@@ -36,8 +36,8 @@ def for_tiles(tiling: Tiling, stages: int, work: Callable) -> None:
     a piece of the columns, those that follow a whole head group.
 
     Where `is_rolling`, a pass of the loop also ends what the pass before it began, so that the matrix unit does not
-    run dry between them. The first pass has none before it: it "ends" the first tile, from whatever VMEM holds, and
-    the second pass writes over that.
+    run dry between them. The first pass has none before it: it "ends" the first tile, from whatever VMEM holds. That
+    goes where the right results come later: an item's own stage is always after the one that stands in for it.
     """
     steps = tiling.tiles * max(1, tiling.looped_heads)
     passes, lags = tiling.passes, tiling.lags_of(stages)

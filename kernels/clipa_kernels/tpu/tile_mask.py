@@ -49,7 +49,8 @@ def mask_of_tile(
             seen |= (key >= start) & (key < start + lengths_ref[first + s])
         source[slot] = jnp.where(seen, bias_ref[window.offset], tm.MASKED)
 
-    unmasked = tiling.rows_always_seen if lengths_ref is None else slice(0, 0)
+    # Short tiles always take the bias, which holds the causal order too.
+    unmasked = tiling.rows_always_seen if lengths_ref is None and tiling.is_long else slice(0, 0)
 
     def mask(logits: jax.Array, rows: slice, item: Item) -> jax.Array:
         if lengths_ref is not None:

@@ -124,14 +124,11 @@ def by_registers(reduce: Callable, x: jax.Array) -> jax.Array:
     return reduce(x.reshape(-1, SUBLANES, x.shape[1]), axis=0)
 
 
-def probabilities(logits: jax.Array, scale: float, factor: jax.Array | float = 1.0) -> jax.Array:
-    """Softmax over rows of scale * logits, MASKED where keys must not be seen; zeros for columns without keys.
-
-    `factor` multiplies whole columns: 0 for queries that have no business here.
-    """
+def probabilities(logits: jax.Array, scale: float) -> jax.Array:
+    """Softmax over rows of scale * logits, MASKED where keys must not be seen; zeros for columns without keys."""
     top = jnp.maximum(jnp.max(logits, axis=0, keepdims=True), LOWEST)
     weights = jnp.exp2((logits - top) * (scale / math.log(2)))
-    return weights * (factor / jnp.maximum(jnp.sum(weights, axis=0, keepdims=True), TINY))
+    return weights * (1 / jnp.maximum(jnp.sum(weights, axis=0, keepdims=True), TINY))
 
 
 def logits_gradient(probs: jax.Array, probs_gradient: jax.Array) -> jax.Array:

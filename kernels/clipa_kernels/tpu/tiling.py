@@ -117,10 +117,10 @@ class Tiling:
         return [0, first, *(second + self.spread * i for i in range(stages - 2))]
 
     def is_rolling(self, stages: int) -> bool:
-        """Whether a pass of the loop can end what the pass before it began.
+        """Whether a pass of the loop ends what the pass before it began.
 
-        That needs as many items in a pass as are under way, and head groups that share no lanes: sums of several
-        groups are kept in registers.
+        That needs as many items and head groups in a pass as are under way, and groups that share no lanes: sums of
+        several are kept in registers. With few passes, what the first does in vain costs more than the others gain.
         """
         shared = not self.looped_heads and any(
             a.lane_tiles.stop > b.lane_tiles.start for a, b in itertools.pairwise(self.groups)
@@ -134,9 +134,14 @@ class Tiling:
         )
 
     def _groups_under_way(self, stages: int) -> int:
+        """Head groups whose probabilities wait at once: from the stage that writes them to the last that reads them.
+
+        The backward of long tiles has them in its first stage, all others in the second.
+        """
         pieces = min(len(self.chunks(group)) for group in self.groups)
-        _, first, *_, last = self.lags_of(stages)
-        return (pieces - 1 + last - first) // pieces + 1
+        _, second, *_, last = self.lags_of(stages)
+        written = 0 if self.is_long and stages == BACKWARD_STAGES else second
+        return (pieces - 1 + last - written) // pieces + 1
 
     def logits_places(self, stages: int) -> int:
         """In how many places logits wait for the vector unit."""
@@ -199,11 +204,6 @@ def tile_of(length: int, at_most: int) -> tuple[int, int]:
 
     sequences = max((n for n in range(1, min(at_most, LANES // length) + 1) if rows(n) <= LANES), default=1)
     return sequences, rows(sequences)
-
-
-def is_long(length: int) -> bool:
-    """Whether tiles of such sequences are long ones, see `Tiling.is_long`."""
-    return tile_of(length, 1)[1] > LANES
 
 
 def head_groups(num_heads: int, head_dim: int, together: int, mxu: int) -> tuple[HeadGroup, ...]:
