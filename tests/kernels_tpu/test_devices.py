@@ -20,6 +20,10 @@ def flat(query, implementation):
     return flat_attention(query, query[..., ::-1], query + 1, num_heads=2, seq_len=5, implementation=implementation)
 
 
+def long(query, implementation):
+    return flat_attention(query, query[..., ::-1], query + 1, num_heads=2, seq_len=131, implementation=implementation)
+
+
 def general(query, bias, implementation):
     return dot_product_attention(query, query[..., ::-1], query + 1, bias, implementation=implementation)
 
@@ -32,13 +36,16 @@ def gradient(function, implementation):
     return run
 
 
-@pytest.mark.parametrize("function", [flat, general], ids=["flat", "general"])
+@pytest.mark.parametrize(
+    "function", [flat, general, pytest.param(long, marks=pytest.mark.slow)], ids=["flat", "general", "long"]
+)
 @pytest.mark.parametrize("way", [AxisType.Auto, AxisType.Explicit, "shard_map"], ids=str)
 def test_a_batch_on_several_devices(way, function):
     """Only the gradient of a bias that all sequences share is added up over devices, as it has to be."""
     rng = np.random.default_rng(0)
     bias = jnp.asarray(rng.normal(size=(1, 2, 1, 5)), jnp.float32)
-    operands = [jnp.asarray(rng.normal(size=(16 * 5, 32) if function is flat else (2, 5, 2, 16)), jnp.float32)]
+    sizes = {flat: (16 * 5, 32), general: (2, 5, 2, 16), long: (2 * 131, 32)}
+    operands = [jnp.asarray(rng.normal(size=sizes[function]), jnp.float32)]
     operands += [bias] if function is general else []
     want = gradient(function, "xla")(*operands)
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto if way == "shard_map" else way,))
