@@ -3,7 +3,8 @@
     python -m bench report                 draws what there is; measures a small set first where there is nothing
     python -m bench report --measure       measures that set anyway (some minutes on two cores)
 
-Only the newest row of each operation, implementation, shape and device is drawn. Static estimates are marked as such.
+Only the newest row of each operation, implementation, shape and device is drawn. Static estimates are marked as such;
+the page ends with the self-checks of their model.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from pathlib import Path
 
 from bench.history import HISTORY, MEASURED, Row, latest, read
 from bench.report_plots import Panel, all_panels, tokens_of
+from clipa_fast.errors import UserError
+from clipa_fast.profiling.chips import CHIPS
+from clipa_fast.profiling.self_check import self_check
 from clipa_fast.report.markup import UNKNOWN, escape, short, table
 
+_CHECKED_CHIPS = ("v5e", "v6e")
 _SMALL_SET = (
     ("attention", ["--lengths", "17", "50", "197", "--modes", "forward", "forward+backward", "--seconds", "8"]),
     ("loss", ["--batches", "1024", "2048", "4096", "--seconds", "8"]),
@@ -51,7 +56,7 @@ def main(argv: list[str]) -> None:
         (options.output / f"{panel.name}.png").write_bytes(panel.png)
         print(options.output / f"{panel.name}.png")
     page = options.output / "report.html"
-    page.write_text(render(rows, panels), encoding="utf-8")
+    page.write_text(render(rows, panels, static_model(rows)), encoding="utf-8")
     print(page)
 
 
@@ -62,8 +67,25 @@ def measure_small_set(history: Path) -> None:
         importlib.import_module(f"bench.{name}").main([*arguments, "--history", str(history)])
 
 
-def render(rows: Sequence[Row], panels: Sequence[Panel]) -> str:
-    """The page: pictures, then every row that was drawn."""
+def static_model(rows: Sequence[Row]) -> str:
+    """What static estimates rest on: rows measured on a TPU, if there are any, and the model's self-checks."""
+    timed = sorted({row.chip for row in rows if row.basis == MEASURED and row.chip in CHIPS})
+    text = f"Measured on TPU: {', '.join(timed)}." if timed else "No TPU time has been measured."
+    text += " Where a row says static estimate, libtpu compiled the program and a model of the chip gave its time."
+    lines = []
+    try:
+        for chip in _CHECKED_CHIPS:
+            for check in self_check(chip):
+                figures = [f"{check.estimate_us:,.0f}", f"{check.theory_us:,.0f}", f"{check.deviation:+.1%}"]
+                lines.append([chip, check.name, *figures])
+    except UserError as error:
+        return f'<p class="note">{escape(f"{text} Its self-checks were skipped: {error}")}</p>'
+    head = ["chip", "program", "model, us", "theory, us", "difference"]
+    return f'<p class="note">{escape(text)}</p>' + table(head, lines, text_columns=2)
+
+
+def render(rows: Sequence[Row], panels: Sequence[Panel], model: str) -> str:
+    """The page: pictures, every row that was drawn, and what is known of the static model."""
     style = resources.files("clipa_fast.report").joinpath("page.css").read_text(encoding="utf-8")
     devices = sorted({f"{row.device} ({row.basis})" for row in rows})
     figures = "".join(
@@ -79,7 +101,8 @@ def render(rows: Sequence[Row], panels: Sequence[Panel]) -> str:
         "<title>clipa-fast: measurements</title>\n"
         f"<style>\n{style}{_STYLE}</style>\n</head>\n<body>\n<header><h1>clipa-fast: measurements</h1>"
         f'<p class="subtitle">{escape("; ".join(devices)) or "no rows"}</p></header>\n<main>{figures}'
-        f"<section><h2>All rows</h2>{_rows_table(rows)}</section></main>\n</body>\n</html>\n"
+        f"<section><h2>All rows</h2>{_rows_table(rows)}</section>"
+        f"<section><h2>The static model of TPUs</h2>{model}</section></main>\n</body>\n</html>\n"
     )
 
 

@@ -148,6 +148,8 @@ def test_static_rows_are_told_apart_in_the_report(tmp_path, capsys):
     assert "<script" not in page
     assert (tmp_path / "out" / "memory.png").read_bytes()[:4] == b"\x89PNG"
     assert "report.html" in capsys.readouterr().out
+    assert "No TPU time has been measured." in page
+    assert ("matmul 4096^3 bf16" in page) != ("self-checks were skipped" in page)
 
 
 def test_run_cases_appends_as_it_goes(tmp_path):

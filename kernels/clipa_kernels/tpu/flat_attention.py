@@ -92,8 +92,8 @@ def _run_forward(
 ) -> list[jax.Array]:
     call = _Padded(config, operands[0], tensors=4)
     lengths = lengths if lengths is None else call.pad(lengths)
-    options = call.options() | {"keep_statistics": keep_statistics}
-    results = tile_attention.forward(*map(call.pad, operands), lengths, **options)
+    query, key, value = map(call.pad, operands)
+    results = tile_attention.forward(query, key, value, lengths, keep_statistics=keep_statistics, **call.options())
     return [call.unpad(x) for x in results]
 
 
