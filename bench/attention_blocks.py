@@ -10,7 +10,6 @@ where nothing beats them by 1 % no row is written.
 
 import argparse
 import functools
-import pprint
 import time
 from pathlib import Path
 
@@ -84,8 +83,11 @@ def write(table: dict) -> None:
     path = Path(block_table.__file__)
     head = path.read_text().split("TABLE:")[0]
     kind = "dict[tuple[str, str, int, int], tuple[int, int, tuple[int, int], int]]"
-    rows = pprint.pformat({key: tuple(table[key]) for key in sorted(table)}, width=110)
-    path.write_text(f"{head}TABLE: {kind} = {rows}\n")
+    rows = [
+        f'    ("{chip}", "{dtype}", {length}, {head_dim}): {tuple(table[chip, dtype, length, head_dim])},'
+        for chip, dtype, length, head_dim in sorted(table)
+    ]
+    path.write_text("\n".join([f"{head}TABLE: {kind} = {{", *rows, "}", ""]))
 
 
 def main(argv: list[str]) -> None:

@@ -6,5 +6,5 @@ forward and backward among the candidates tried, at 12 heads, or 16 from head_di
 
 TABLE: dict[tuple[str, str, int, int], tuple[int, int, tuple[int, int], int]] = {
     ("v6e", "bfloat16", 257, 64): (12, 6, (1, 4), 1),
-    ("v6e", "bfloat16", 577, 64): (6, 2, (1, 5), 1),
+    ("v6e", "bfloat16", 577, 64): (12, 6, (1, 3), 2),
 }
