@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from clipa_kernels import contrastive_loss, contrastive_xla, explain, reference, sigmoid_loss, supports
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 LOSSES = {"contrastive": contrastive_loss, "sigmoid": sigmoid_loss}
@@ -49,7 +49,9 @@ def assert_exact(kind, operands, options, atol, **how):
     ):
         gradient = np.asarray(gradient, np.float64)
         assert np.isfinite(gradient).all()
-        np.testing.assert_allclose(gradient, expected, rtol=0, atol=atol * (1e-3 * scale + np.abs(expected).max()))
+        # Where one pair is all there is, probability and label cancel: what is left is a rounding unit of terms of 1.
+        slack = atol * (1e-3 * scale + np.abs(expected).max()) + 2**-24 * scale
+        np.testing.assert_allclose(gradient, expected, rtol=0, atol=slack)
     expected = reference.in_batch_accuracy(*operands[:2], weights=options.get("weights"))
     np.testing.assert_allclose(accuracy, expected, atol=1e-6)
 
@@ -68,6 +70,9 @@ CALLS = {
 
 @settings(deadline=None, max_examples=12)
 @given(chunk=st.sampled_from([1, 64, 1 << 22]), **CALLS)
+@example(
+    chunk=1, seed=1, kind="contrastive", batch=1, features=3, logit_scale=1.0, smoothing=0.1, weights=None, taught=False
+)
 def test_options_equal_the_reference(chunk, **call):
     """Whole and in chunks, the last of which may be smaller."""
     with pytest.MonkeyPatch.context() as patch:
