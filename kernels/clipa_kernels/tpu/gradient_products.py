@@ -1,5 +1,7 @@
 """The last three stages of a backward kernel: what the matrix unit makes of the probabilities and logits' gradients."""
 
+from collections.abc import Sequence
+
 from clipa_kernels.tpu import tile_math as tm
 from clipa_kernels.tpu.tile_loop import Item, LaneTiles, Window, products_place
 from clipa_kernels.tpu.tiling import Tiling
@@ -8,28 +10,29 @@ from clipa_kernels.tpu.tiling import Tiling
 def gradient_products(
     tiling: Tiling,
     window: Window,
-    query_ref,
-    key_ref,
-    d_out_ref,
+    scale: float,
+    operand_refs: Sequence,
+    gradient_refs: Sequence,
     probs_ref,
     d_logits_ref,
-    d_query: LaneTiles,
-    d_key: LaneTiles,
-    d_value: LaneTiles,
 ) -> tuple:
-    """Stages that add a head group's part to the gradients of value, key and query, in this order."""
+    """Stages that add a head group's part to the gradients of value, key and query, in this order.
+
+    `operand_refs` are query, key and the output's gradient, `gradient_refs` those of query, key and value.
+    """
+    query_ref, key_ref, d_out_ref = operand_refs
+    d_query, d_key, d_value = (
+        LaneTiles(tiling, window, ref, factor) for ref, factor in zip(gradient_refs, (scale, scale, 1), strict=True)
+    )
 
     def waiting(ref, item: Item):
         return ref[products_place(ref, item, slice(0, tiling.columns(item.group).total))]
 
-    def stacked(ref, item: Item):
-        return tm.queries_stacked(window.load(ref, item.group), item.group.heads, tiling.columns(item.group))
-
     def for_value(item: Item):
-        d_value.add(item.group, tm.matmul(waiting(probs_ref, item), stacked(d_out_ref, item)))
+        d_value.add(item.group, tm.matmul(waiting(probs_ref, item), window.load_queries(d_out_ref, item.group)))
 
     def for_key(item: Item):
-        d_key.add(item.group, tm.matmul(waiting(d_logits_ref, item), stacked(query_ref, item)))
+        d_key.add(item.group, tm.matmul(waiting(d_logits_ref, item), window.load_queries(query_ref, item.group)))
 
     def for_query(item: Item):
         group, key = item.group, window.load(key_ref, item.group)

@@ -72,7 +72,7 @@ def forward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: b
 
         def score(item: Item):
             group = item.group
-            query = tm.queries_stacked(window.load(query_ref, group), group.heads, tiling.columns(group))[item.columns]
+            query = window.load_queries(query_ref, group)[item.columns]
             logits = tm.matmul(window.load(key_ref, group), query, transpose_b=True)
             number, _, columns = logits_place(logits_ref, item)
             top = jnp.full((SUBLANES, logits.shape[1]), tm.LOWEST, jnp.float32)
@@ -124,7 +124,7 @@ def backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: 
     factor = scale / math.log(2)
     lengths_ref, refs = refs[0] if has_lengths else None, refs[has_lengths:]
     query_ref, key_ref, value_ref, d_out_ref, statistics_ref, bias_ref, *refs = refs
-    d_query_ref, d_key_ref, d_value_ref, d_probs_ref, delta_ref, probs_ref, d_logits_ref, *scratch = refs
+    gradient_refs, (d_probs_ref, delta_ref, probs_ref, d_logits_ref, *scratch) = refs[:3], refs[3:]
     # Rounding the log2 of a sum makes all probabilities of a query too large or small by the same factor. That is
     # nothing beside the rounding of bfloat16.
     exact = query_ref.dtype == jnp.float32
@@ -132,14 +132,11 @@ def backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: 
     def work(tile, slot):
         window = Window(tiling, tile)
         mask = mask_of_tile(tiling, window, is_causal, bias_ref, lengths_ref, scratch, slot)
-        d_query = LaneTiles(tiling, window, d_query_ref, scale)
-        d_key = LaneTiles(tiling, window, d_key_ref, scale)
-        d_value = LaneTiles(tiling, window, d_value_ref, 1)
 
         def score(item: Item):
-            group, columns = item.group, tiling.columns(item.group)
-            query = tm.queries_stacked(window.load(query_ref, group), group.heads, columns)[item.columns]
-            d_out = tm.queries_stacked(window.load(d_out_ref, group), group.heads, columns)[item.columns]
+            group = item.group
+            query = window.load_queries(query_ref, group)[item.columns]
+            d_out = window.load_queries(d_out_ref, group)[item.columns]
             logits = tm.matmul(window.load(key_ref, group), query, transpose_b=True)
             d_probs = tm.matmul(window.load(value_ref, group), d_out, transpose_b=True)
             number, _, waiting = logits_place(d_probs_ref, item)
@@ -169,7 +166,7 @@ def backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: 
                 d_logits_ref[place, rows, own] = d_logits.astype(d_logits_ref.dtype)
 
         for_value, for_key, for_query = gradient_products(
-            tiling, window, query_ref, key_ref, d_out_ref, probs_ref, d_logits_ref, d_query, d_key, d_value
+            tiling, window, scale, (query_ref, key_ref, d_out_ref), gradient_refs, probs_ref, d_logits_ref
         )
         return score, differentiate, for_value, for_key, for_query
 

@@ -37,7 +37,7 @@ def forward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: b
 
         def score(item: Item):
             group = item.group
-            query = tm.queries_stacked(window.load(query_ref, group), group.heads, tiling.columns(group))[item.columns]
+            query = window.load_queries(query_ref, group)[item.columns]
             logits = tm.matmul(window.load(key_ref, group), query, transpose_b=True)
             logits_ref[logits_place(logits_ref, item)] = logits
 
@@ -60,20 +60,17 @@ def backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: 
     """Refs: lengths if there are any, query, key, value, gradient of the output, bias; gradients of query, key, value;
     then `backward_scratch` and the mask's."""
     lengths_ref, refs = refs[0] if has_lengths else None, refs[has_lengths:]
-    query_ref, key_ref, value_ref, d_out_ref, bias_ref, d_query_ref, d_key_ref, d_value_ref, *refs = refs
-    logits_ref, d_probs_ref, probs_ref, d_logits_ref, *scratch = refs
+    query_ref, key_ref, value_ref, d_out_ref, bias_ref, *refs = refs
+    gradient_refs, (logits_ref, d_probs_ref, probs_ref, d_logits_ref, *scratch) = refs[:3], refs[3:]
 
     def work(tile, slot):
         window = Window(tiling, tile)
         mask = mask_of_tile(tiling, window, is_causal, bias_ref, lengths_ref, scratch, slot)
-        d_query = LaneTiles(tiling, window, d_query_ref, scale)
-        d_key = LaneTiles(tiling, window, d_key_ref, scale)
-        d_value = LaneTiles(tiling, window, d_value_ref, 1)
 
         def score(item: Item):
-            group, columns = item.group, tiling.columns(item.group)
-            query = tm.queries_stacked(window.load(query_ref, group), group.heads, columns)[item.columns]
-            d_out = tm.queries_stacked(window.load(d_out_ref, group), group.heads, columns)[item.columns]
+            group = item.group
+            query = window.load_queries(query_ref, group)[item.columns]
+            d_out = window.load_queries(d_out_ref, group)[item.columns]
             place = logits_place(logits_ref, item)
             logits_ref[place] = tm.matmul(window.load(key_ref, group), query, transpose_b=True)
             d_probs_ref[place] = tm.matmul(window.load(value_ref, group), d_out, transpose_b=True)
@@ -86,7 +83,7 @@ def backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: 
             probs_ref[place], d_logits_ref[place] = probs.astype(probs_ref.dtype), d_logits.astype(probs_ref.dtype)
 
         for_value, for_key, for_query = gradient_products(
-            tiling, window, query_ref, key_ref, d_out_ref, probs_ref, d_logits_ref, d_query, d_key, d_value
+            tiling, window, scale, (query_ref, key_ref, d_out_ref), gradient_refs, probs_ref, d_logits_ref
         )
         return score, differentiate, for_value, for_key, for_query
 

@@ -1,6 +1,7 @@
 """How the attention kernels walk over the tiles of a block: in which order, from which rows, into which lanes."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -39,8 +40,7 @@ def for_tiles(tiling: Tiling, stages: int, work: Callable) -> None:
     run dry between them. The first pass has none before it: it "ends" the first tile, from whatever VMEM holds. That
     goes where the right results come later: an item's own stage is always after the one that stands in for it.
     """
-    steps = tiling.tiles * max(1, tiling.looped_heads)
-    passes, lags = tiling.passes, tiling.lags_of(stages)
+    steps, passes, lags = tiling.steps, tiling.passes, tiling.lags_of(stages)
 
     def items_of(step, first_slot: int) -> list[tuple[list[Callable], Item]]:
         items = []
@@ -124,6 +124,10 @@ class Window:
     def load(self, ref, group: HeadGroup) -> jax.Array:
         return ref[pl.ds(self.start, self.tiling.tile_rows), pl.ds(group.start, group.width)]
 
+    def load_queries(self, ref, group: HeadGroup) -> jax.Array:
+        """[columns, lanes]: the row behind each column of a group's logits."""
+        return tm.queries_stacked(self.load(ref, group), group.heads, self.tiling.columns(group))
+
     def store_head(self, ref, group: HeadGroup, x: jax.Array) -> None:
         """Store the lanes of a group's one head; see `store` for the rows."""
         place = pl.ds(self.start, self.tiling.tile_rows), pl.ds(group.start, group.width)
@@ -159,6 +163,7 @@ class Window:
         """[1, columns of the item]: what `store_statistics` was given; UNSEEN for columns without a query."""
         heads, columns = len(item.group.heads), self.tiling.columns(item.group)
 
+        @functools.cache
         def row(h: int) -> jax.Array:
             stored = ref[self.sequence, item.head + h]
             return _rolled(stored, self.offset) if self.tiling.offsets > 1 else stored

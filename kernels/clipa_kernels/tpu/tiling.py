@@ -107,9 +107,14 @@ class Tiling:
         return self.unroll * sum(len(self.chunks(group)) for group in self.groups)
 
     @property
+    def steps(self) -> int:
+        """Tiles of a block, once for each head that is looped over."""
+        return self.tiles * max(1, self.looped_heads)
+
+    @property
     def passes(self) -> int:
-        """Of the loop over a block's tiles."""
-        return -(-self.tiles * max(1, self.looped_heads) // self.unroll)
+        """Of the loop over the steps."""
+        return -(-self.steps // self.unroll)
 
     def lags_of(self, stages: int) -> list[int]:
         """How many items after its first stage each stage of an item runs."""
