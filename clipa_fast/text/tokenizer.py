@@ -20,6 +20,8 @@ from clipa_fast.text.reduction import Pieces, RandomState, reduce_pieces
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _MIN_TRAINED = 32
 _MAX_ALPHABET = 1000
+# Words whose pieces are kept, and their length: 10 MB at most.
+_MOST_KEPT, _LONGEST_KEPT = 1 << 15, 32
 
 
 class WordPieceTokenizer:
@@ -74,6 +76,7 @@ class WordPieceTokenizer:
         )
         if rule == "open_clip":
             self._tokenizer.add_special_tokens(list(SPECIALS))
+        self._words = _Words(self._tokenizer)
 
     def with_rule(self, rule: str) -> Self:
         """The same entries under another rule. Raises UserError for an unknown one."""
@@ -229,18 +232,23 @@ class WordPieceTokenizer:
 
     def _first_pieces(self, captions: list[str], count: int) -> Pieces:
         """At least the first `count` pieces of each caption, or all that there are."""
-        captions = self._repaired(captions)
-        # A space ends a word whatever surrounds it, so what comes before tells nothing of what comes after.
-        shortened = [" ".join(caption.split(" ", count)[:count]) for caption in captions]
-        pieces = self._pieces(shortened)
-        # Of some words nothing is left: empty ones between two spaces, or control characters.
-        few = (np.diff(pieces.offsets) < count).tolist()
-        if any(few[row] and len(shortened[row]) < len(caption) for row, caption in enumerate(captions)):
-            return self._pieces(captions)
-        return pieces
+        rows = []
+        for caption in self._repaired(captions):
+            row: list[int] = []
+            while caption and len(row) < count:
+                # More than once where of some words nothing is left: empty ones between two spaces, control characters.
+                words = caption.split(" ", count)
+                caption = words.pop() if len(words) > count else ""
+                row.extend(itertools.chain.from_iterable(map(self._words.__getitem__, words)))
+            rows.append(row)
+        return self._joined(rows)
 
     def _pieces(self, captions: list[str]) -> Pieces:
-        rows = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(captions, add_special_tokens=False)]
+        return self._joined(
+            [encoding.ids for encoding in self._tokenizer.encode_batch_fast(captions, add_special_tokens=False)]
+        )
+
+    def _joined(self, rows: list[list[int]]) -> Pieces:
         offsets = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum([len(row) for row in rows], out=offsets[1:])
         ids = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32, count=offsets[-1])
@@ -249,6 +257,28 @@ class WordPieceTokenizer:
     @functools.cached_property
     def _classes(self) -> np.ndarray:
         return part_of_speech_table(self.vocabulary)
+
+
+class _Words(dict[str, tuple[int, ...]]):
+    """The pieces of what stands between two spaces, looked for once: captions are made of few different words.
+
+    A space ends a word whatever surrounds it, so what comes before tells nothing of what comes after.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        ids = tuple(self._tokenizer.encode(word, add_special_tokens=False).ids)
+        if len(word) <= _LONGEST_KEPT:
+            if len(self) >= _MOST_KEPT:
+                self.clear()
+            self[word] = ids
+        return ids
+
+    def __reduce__(self):
+        return _Words, (self._tokenizer,)
 
 
 def _bert_tokenizer(model: models.WordPiece) -> Tokenizer:

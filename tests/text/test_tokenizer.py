@@ -14,7 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from clipa_fast.errors import UserError
-from clipa_fast.text.reduction import REDUCTIONS
+from clipa_fast.text import tokenizer as tokenizer_module
+from clipa_fast.text.reduction import REDUCTIONS, reduce_pieces
 from clipa_fast.text.tokenizer import SPECIALS, WordPieceTokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789ßжкитβφ\u03c3가한"
@@ -139,6 +140,18 @@ def test_rows_are_cls_and_the_first_pieces(tokenizer, captions, length):
     for caption, row in zip(captions, tokens.tolist(), strict=True):
         pieces = [piece for word in wordpiece(caption, VOCABULARY) for piece in word][: length - 1]
         assert row == [CLS, *pieces] + [PAD] * (length - 1 - len(pieces))
+
+
+def test_words_are_kept_up_to_a_number(monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "_MOST_KEPT", 3)
+    kept = WordPieceTokenizer(VOCABULARY)
+    captions = ["a red dog runs", "the cat " + "x" * 40, "a red cat", "  ", ""]
+    once = kept(captions, 6)
+    np.testing.assert_array_equal(kept(captions, 6), once)
+    np.testing.assert_array_equal(once[:, 1:], reduce_pieces(kept.pieces(captions), 5))
+    assert 1 <= len(kept._words) <= 3
+    assert "x" * 40 not in kept._words
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(kept))(captions, 6), once)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
