@@ -281,17 +281,18 @@ class ShardSource:
 
     def _read(self, shard: int, table: ShardIndex, row: int, *columns: int) -> list[bytes]:
         """A sample's members; empty where it has none."""
-        spans = [(int(table.offsets[row, column]), int(table.sizes[row, column])) for column in columns]
-        wanted = [(start, start + size) for start, size in spans if size]
+        offsets, sizes = table.offsets[row].tolist(), table.sizes[row].tolist()
+        spans = [(offsets[column], sizes[column]) for column in columns]
+        wanted = [span for span in spans if span[1]]
         if not wanted:
             return [b""] * len(spans)
-        first, last = min(start for start, _ in wanted), max(end for _, end in wanted)
+        first, last, total = min(wanted)[0], sum(max(wanted)), sum([size for _, size in wanted])
         name = self.shards[shard]
         try:
             # Opened each time: no handles to share between threads, to run out of, or to carry into another process.
             file = self._cache.open(name) if is_remote(name) else os.open(name, os.O_RDONLY)
             try:
-                if last - first <= sum(size for _, size in spans) + _WORTH_SKIPPING:
+                if last - first <= total + _WORTH_SKIPPING:
                     content = os.pread(file, last - first, first)
                     found = [content[start - first : start - first + size] if size else b"" for start, size in spans]
                 else:
@@ -300,7 +301,7 @@ class ShardSource:
                 os.close(file)
         except OSError as error:
             raise UnreadablePicture(name, "shard: cannot be read") from error
-        if any(len(part) < size for part, (_, size) in zip(found, spans, strict=True)):
+        if sum(map(len, found)) < total:
             raise UnreadablePicture(name, "shard: shorter than when it was indexed")
         return found
 

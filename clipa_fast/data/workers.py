@@ -24,7 +24,7 @@ from clipa_fast.data.counts import merge
 from clipa_fast.errors import UserError
 
 # Rows that a worker makes at once: few enough to share a batch among many, enough to hide the hand-over.
-_FEWEST_ROWS, _MOST_ROWS = 8, 64
+_FEWEST_ROWS, _MOST_ROWS = 8, 256
 _SHARED_FOLDER = "/dev/shm"
 
 
@@ -37,7 +37,7 @@ def process_batches(make: BatchMaker, steps: Iterable[int], workers: int) -> Gen
       UserError: too little shared memory, or a worker that was killed.
     """
     rows = make.rows.stop - make.rows.start
-    share = min(max(rows // (2 * workers), _FEWEST_ROWS), _MOST_ROWS)
+    share = min(max(-(-rows // workers), _FEWEST_ROWS), _MOST_ROWS)
     parts = [slice(start, min(start + share, rows)) for start in range(0, rows, share)]
     ahead = max(2, -(-2 * workers // len(parts)))
     batch_bytes = _batch_bytes(rows, make)
