@@ -9,6 +9,8 @@ Pictures are synthetic (1/f noise, luminance above colour, as photographs have),
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -18,6 +20,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +34,7 @@ from clipa_fast.data.decode import EncodedPicture
 from clipa_fast.data.loader import Loader
 from clipa_fast.data.order import Stream, generator
 from clipa_fast.data.shards import ShardSource
-from clipa_fast.data.transforms import CROP_UNIFORMS, crop_boxes
+from clipa_fast.data.transforms import CROP_UNIFORMS, Filter, crop_boxes
 from clipa_fast.text.tokenizer import WordPieceTokenizer
 
 TARGET = 84
@@ -82,9 +85,9 @@ def boxes(side: int, count: int) -> list[list[int]]:
     return crop_boxes(side, side, uniforms).tolist()
 
 
-def ours(encoded: bytes, box: list[int]) -> np.ndarray:
+def ours(encoded: bytes, box: list[int], filter: Filter) -> np.ndarray:
     """One crop as the loader makes it."""
-    return EncodedPicture(encoded).crop(box, TARGET)
+    return EncodedPicture(encoded).crop(box, TARGET, filter)
 
 
 def pillow(encoded: bytes, box: list[int]) -> np.ndarray:
@@ -93,11 +96,12 @@ def pillow(encoded: bytes, box: list[int]) -> np.ndarray:
     return np.asarray(picture.resize((TARGET, TARGET), Image.Resampling.BICUBIC))
 
 
-def decode_rates(files: list[bytes], crops: list[list[int]], rounds: int) -> dict[str, Rate]:
-    """Pictures a second on one core, the median of rounds taken in turns."""
-    seconds: dict[str, list[tuple[float, float]]] = {"ours": [], "pillow": []}
+def decode_rates(files: list[bytes], crops: list[list[int]], filters: Sequence[Filter], rounds: int) -> dict[str, Rate]:
+    """Pictures a second on one core, ours by filter and "pillow": the median of rounds taken in turns."""
+    functions = {filter: functools.partial(ours, filter=filter) for filter in filters} | {"pillow": pillow}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for _ in range(rounds + 1):
-        for name, function in (("ours", ours), ("pillow", pillow)):
+        for name, function in functions.items():
             start, cpu = time.perf_counter(), time.process_time()
             for encoded, box in zip(files, crops, strict=True):
                 function(encoded, box)
@@ -122,7 +126,9 @@ def write_shards(folder: Path, files: list[bytes], shards: int, per_shard: int) 
     return str(folder / f"{{{0:05d}..{shards - 1:05d}}}.tar")
 
 
-def loader_rate(pattern: str, tokenizer: Tokenizer, workers: int, batch_size: int, steps: int) -> tuple[Rate, float]:
+def loader_rate(
+    pattern: str, tokenizer: Tokenizer, filter: Filter, workers: int, batch_size: int, steps: int
+) -> tuple[Rate, float]:
     """The rate after the first two batches, and how many cores other programs kept busy meanwhile."""
     source = ShardSource(pattern)
     loader = Loader(
@@ -131,6 +137,7 @@ def loader_rate(pattern: str, tokenizer: Tokenizer, workers: int, batch_size: in
         image_size=TARGET,
         text_length=8,
         tokenizer=tokenizer,
+        crop_filter=filter,
         num_steps=steps + 2,
         workers=workers,
     )
@@ -156,21 +163,21 @@ def _own_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _decode_for(arguments: tuple[list[bytes], int, float]) -> float:
-    files, side, seconds = arguments
+def _decode_for(arguments: tuple[list[bytes], int, Filter, float]) -> float:
+    files, side, filter, seconds = arguments
     crops, done, start = boxes(side, len(files)), 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         for encoded, box in zip(files, crops, strict=True):
-            ours(encoded, box)
+            ours(encoded, box, filter)
         done += len(files)
     return done / (time.perf_counter() - start)
 
 
-def rate_of_all_cores(files: list[bytes], side: int, cores: int, seconds: float) -> float:
+def rate_of_all_cores(files: list[bytes], side: int, filter: Filter, cores: int, seconds: float) -> float:
     """Pictures a second that as many processes as cores decode and crop, and do nothing else."""
     with multiprocessing.get_context("spawn").Pool(cores) as pool:
-        pool.map(_decode_for, [(files[:4], side, 0.1)] * cores, chunksize=1)
-        return sum(pool.map(_decode_for, [(files, side, seconds)] * cores, chunksize=1))
+        pool.map(_decode_for, [(files[:4], side, filter, 0.1)] * cores, chunksize=1)
+        return sum(pool.map(_decode_for, [(files, side, filter, seconds)] * cores, chunksize=1))
 
 
 def main(argv: list[str]) -> None:
@@ -188,8 +195,13 @@ def main(argv: list[str]) -> None:
         decode.simplejpeg = None
     cores = len(os.sched_getaffinity(0))
     backend = "Pillow" if decode.simplejpeg is None else "simplejpeg"
+    filters: list[Filter] = ["bilinear"]
+    if importlib.util.find_spec("cv2"):
+        filters.append("area")
     print(
-        f"input: {TARGET} px crops of 40 to 100 % of the area, {cores} cores, ours decodes with {backend}", flush=True
+        f"input: {TARGET} px crops of 40 to 100 % of the area, {cores} cores, ours decodes with {backend}, resizes by"
+        f" {' and '.join(filters)}",
+        flush=True,
     )
     for side, quality in SOURCES:
         files = encoded_pictures(side, quality, _PICTURES)
@@ -197,14 +209,15 @@ def main(argv: list[str]) -> None:
         whole = [[0, 0, side, side]] * len(files)
         rates = {}
         for what, crops in (("whole picture", whole), ("crop of 40 to 100 %", boxes(side, len(files)))):
-            rates = decode_rates(files, crops, arguments.rounds)
-            print(
-                f"decode {side} px q{quality} ({size:.0f} KB), {what}: ours {rates['ours'].wall:.0f}/s a core,"
-                f" Pillow full decode + bicubic {rates['pillow'].wall:.0f}/s, ratio"
-                f" {rates['ours'].wall / rates['pillow'].wall:.2f}x; by CPU time"
-                f" {rates['ours'].cpu / rates['pillow'].cpu:.2f}x",
-                flush=True,
-            )
+            rates = decode_rates(files, crops, filters, arguments.rounds)
+            for filter in filters:
+                print(
+                    f"decode {side} px q{quality} ({size:.0f} KB), {what}: ours, {filter}, {rates[filter].wall:.0f}/s a"
+                    f" core, Pillow full decode + bicubic {rates['pillow'].wall:.0f}/s, ratio"
+                    f" {rates[filter].wall / rates['pillow'].wall:.2f}x; by CPU time"
+                    f" {rates[filter].cpu / rates['pillow'].cpu:.2f}x",
+                    flush=True,
+                )
         if quality == 95 and side == 512:
             continue
         with tempfile.TemporaryDirectory() as folder:
@@ -212,17 +225,20 @@ def main(argv: list[str]) -> None:
             pattern = write_shards(Path(folder), files, 8, per_shard)
             captions = [" ".join(WORDS)] * 4
             tokenizer = WordPieceTokenizer.train(captions, 200)
-            before = rate_of_all_cores(files, side, cores, 4.0)
-            rate, others = loader_rate(pattern, tokenizer, cores, arguments.batch, arguments.steps)
-            alone = (before + rate_of_all_cores(files, side, cores, 4.0)) / 2
-            print(
-                f"loader {side} px q{quality}: {rate.wall:.0f} samples/s with {cores} processes,"
-                f" {rate.wall / cores / rates['ours'].wall:.0%} of the decode rate a core (by CPU time"
-                f" {rate.cpu / rates['ours'].cpu:.0%}), {rate.wall / alone:.0%} of what"
-                f" {cores} processes decode at once ({alone:.0f}/s);"
-                f" other programs {others:.2f} cores",
-                flush=True,
-            )
+            reached: dict[Filter, float] = {}
+            for filter in filters:
+                before = rate_of_all_cores(files, side, filter, cores, 4.0)
+                rate, others = loader_rate(pattern, tokenizer, filter, cores, arguments.batch, arguments.steps)
+                alone = (before + rate_of_all_cores(files, side, filter, cores, 4.0)) / 2
+                reached[filter] = rate.wall
+                print(
+                    f"loader {side} px q{quality}, {filter}: {rate.wall:.0f} samples/s with {cores} processes,"
+                    f" {rate.wall / cores / rates[filter].wall:.0%} of the decode rate a core (by CPU time"
+                    f" {rate.cpu / rates[filter].cpu:.0%}), {rate.wall / alone:.0%} of what"
+                    f" {cores} processes decode at once ({alone:.0f}/s);"
+                    f" other programs {others:.2f} cores",
+                    flush=True,
+                )
             if arguments.peer_python:
                 script = Path(__file__).with_name("input_open_clip.py")
                 command = [arguments.peer_python, str(script), pattern, str(8 * per_shard), str(arguments.batch)]
@@ -230,8 +246,9 @@ def main(argv: list[str]) -> None:
                 if done.returncode:
                     sys.exit(f"open_clip's loader failed: {done.stderr[-500:]}")
                 theirs = float(done.stdout.split()[-1])
+                times = ", ".join(f"{filter} {rate / theirs:.2f}x" for filter, rate in reached.items())
                 print(
                     f"loader {side} px q{quality}: open_clip's {theirs:.0f} samples/s with {cores} workers,"
-                    f" ours {rate.wall / theirs:.2f}x",
+                    f" ours {times}",
                     flush=True,
                 )

@@ -11,6 +11,7 @@ from rich.console import Console
 from clipa_fast.config import RunConfig
 from clipa_fast.data.glyphs import GlyphSource
 from clipa_fast.data.preflight import preflight
+from clipa_fast.data.transforms import check_crop_filter
 from clipa_fast.distributed import is_first
 from clipa_fast.encode import Encoder
 from clipa_fast.mesh import check_devices, used_devices
@@ -30,6 +31,7 @@ def train_command(
       UserError: what `check_run`, `check_devices`, `start_run` and `open_source` find wrong.
     """
     console = (console or Console()) if is_first() else Console(quiet=True)
+    check_crop_filter("data.crop_filter", config.data.crop_filter)  # before the shards are read for their index
     source = open_source(config.data, console=console)
     if not (folder / "config.yaml").is_file():
         # A run that goes on has read its weights and needs them no more.

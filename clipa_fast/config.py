@@ -170,6 +170,9 @@ class DataConfig:
     init_from, else captions."""
     trained_vocab_size: int = 4096
     """Entries of the WordPiece trained on the run's captions."""
+    crop_filter: Literal["bilinear", "bicubic", "area"] = "bilinear"
+    """How training crops are resized. bilinear: CLIPA's pixels. area: faster, where decoding keeps devices waiting;
+    needs OpenCV (pip install 'clipa-fast[fast]')."""
     workers: int = 2
     """Processes that decode and crop; threads where the pictures fit in memory."""
     cache_mb: int = 512

@@ -92,7 +92,7 @@ def imported(program):
     return set(python(f"{program}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})").split())
 
 
-HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "clipa_kernels"}
+HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "clipa_kernels", "cv2"}
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,18 @@ from clipa_fast.data.source import ArraySource, EncodedSource, Source, Unreadabl
 from clipa_fast.data.transforms import (
     CROP_UNIFORMS,
     JITTER_UNIFORMS,
+    Filter,
     check_crop,
+    check_crop_filter,
     color_jitter_gray,
     crop_boxes,
     resize,
 )
 from clipa_fast.errors import UserError
 
-# Enough to share the fixed cost of array arithmetic, few enough for large photographs to fit in memory.
-_OPEN_AT_ONCE = 16
+# Pictures opened at once: enough to share the fixed cost of array arithmetic, and of large photographs no more than fit
+# in memory.
+_OPEN_PICTURES, _OPEN_BYTES = 64, 4 << 20
 # A set is decoded once and kept if that many times its encoded pictures fit: JPEG and PNG rarely save more.
 _COMPRESSION = 16
 _REMEMBERED = 100_000
@@ -99,6 +102,7 @@ class BatchMaker:
         text_reduction: str,
         crop_area: tuple[float, float],
         crop_aspect: tuple[float, float],
+        crop_filter: Filter,
         jitter: bool,
         seed: int,
         cache_mb: int,
@@ -108,6 +112,7 @@ class BatchMaker:
         shuffle_shards: int,
     ):
         check_crop(crop_area, crop_aspect)
+        check_crop_filter("crop_filter", crop_filter)
         check_at_least("image_size", image_size, 1)
         check_at_least("text_length", text_length, 1)
         check_at_least("cache_mb", cache_mb, 0)
@@ -119,7 +124,8 @@ class BatchMaker:
         self.rows = rows(batch_size, process_index, process_count)
         self._source, self._tokenizer = source, tokenizer
         self.image_size, self.text_length, self._text_reduction = image_size, text_length, text_reduction
-        self._crop_area, self._crop_aspect, self._jitter = crop_area, crop_aspect, jitter
+        self._crop_area, self._crop_aspect, self._crop_filter = crop_area, crop_aspect, crop_filter
+        self._jitter = jitter
         self._images = source.images if isinstance(source, ArraySource) else None
         self.in_memory = self._encoded is None or self._encoded.encoded_bytes() * _COMPRESSION <= cache_mb << 20
         self._cache = _PictureCache(source, cache_mb << 20)
@@ -158,23 +164,23 @@ class BatchMaker:
     def _from_array(self, images: np.ndarray, index: np.ndarray, uniforms: np.ndarray, out: np.ndarray) -> None:
         boxes = crop_boxes(*images.shape[1:3], uniforms, self._crop_area, self._crop_aspect).tolist()
         for row, (sample, box) in enumerate(zip(index.tolist(), boxes, strict=True)):
-            picture = resize(images[sample], self.image_size, box=box)
+            picture = resize(images[sample], self.image_size, box=box, filter=self._crop_filter)
             out[row] = picture if picture.ndim == 3 else picture[:, :, None]
 
     def _from_pictures(
         self, index: np.ndarray, uniforms: np.ndarray, out: np.ndarray, tally: Tally
     ) -> list[tuple[str, ...]]:
         """Fills `out`, replaces samples in `index` that cannot be used, and returns the captions."""
-        captions = []
-        for start in range(0, len(index), _OPEN_AT_ONCE):
-            part = slice(start, start + _OPEN_AT_ONCE)
-            opened = [self._usable(sample) for sample in index[part].tolist()]
+        captions: list[tuple[str, ...]] = []
+        for opened in self._opened(index.tolist()):
+            start = len(captions)
             heights, widths = np.array([(sample.picture.height, sample.picture.width) for sample in opened]).T
-            boxes = crop_boxes(heights, widths, uniforms[part], self._crop_area, self._crop_aspect).tolist()
+            drawn = uniforms[start : start + len(opened)]
+            boxes = crop_boxes(heights, widths, drawn, self._crop_area, self._crop_aspect).tolist()
             for row, (sample, box) in enumerate(zip(opened, boxes, strict=True), start):
                 while True:
                     try:
-                        out[row] = sample.picture.crop(box, self.image_size)
+                        out[row] = sample.picture.crop(box, self.image_size, self._crop_filter)
                         break
                     except DecodeError as error:
                         # The header was fine, what follows is not: the next sample, cropped by its own size.
@@ -189,6 +195,18 @@ class BatchMaker:
                     index[row] = sample.index
                 captions.append(sample.captions)
         return captions
+
+    def _opened(self, samples: list[int]) -> Iterator[list[_Opened]]:
+        """Usable samples in the place of these, in groups that are worth one call of `crop_boxes`."""
+        group, held = [], 0
+        for sample in samples:
+            group.append(self._usable(sample))
+            held += group[-1].picture.nbytes
+            if len(group) == _OPEN_PICTURES or held >= _OPEN_BYTES:
+                yield group
+                group, held = [], 0
+        if group:
+            yield group
 
     def _usable(self, wanted: int) -> _Opened:
         """The sample, or the next one that can be used: a choice that depends on the sample alone."""
@@ -242,10 +260,10 @@ class _Decoded:
 
     def __init__(self, pixels: np.ndarray, notes: Sequence[str] = ()):
         self.pixels, self.notes = pixels, notes
-        self.height, self.width = pixels.shape[:2]
+        self.height, self.width, self.nbytes = *pixels.shape[:2], pixels.nbytes
 
-    def crop(self, box: Sequence[int], size: int) -> np.ndarray:
-        return resize(self.pixels, size, box=box)
+    def crop(self, box: Sequence[int], size: int, filter: Filter) -> np.ndarray:
+        return resize(self.pixels, size, box=box, filter=filter)
 
 
 class _PictureCache:

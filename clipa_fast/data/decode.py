@@ -49,6 +49,7 @@ class EncodedPicture:
 
     Attributes:
       height, width: in pixels.
+      nbytes: of the file.
       notes: what is unusual about it: "grey", "CMYK", "16 bits", "palette", "alpha", "type unlike its name".
 
     Raises:
@@ -58,7 +59,7 @@ class EncodedPicture:
     def __init__(self, encoded: bytes, extension: str | None = None):
         if not encoded:
             raise DecodeError("picture empty")
-        self._encoded = encoded
+        self._encoded, self.nbytes = encoded, len(encoded)
         header = _jpeg_header(encoded)
         if header is not None:
             self.height, self.width, mode = header
@@ -112,6 +113,7 @@ class EncodedPicture:
 
         Raises:
           DecodeError: the picture is damaged.
+          UserError, ImportError: as `resize` raises them.
         """
         left, top, right, bottom = box
         scale = 1
@@ -119,14 +121,12 @@ class EncodedPicture:
             while scale < _MAX_SCALE and min(right - left, bottom - top) >= 2 * scale * size:
                 scale *= 2
         try:
-            if not self._is_jpeg:
-                return resize(to_rgb(self._image), size, box=box, filter=filter)
-            picture = self._reduced(scale)
-            if scale == 1:
-                return _three_channels(resize(picture, size, box=box, filter=filter))
-            return _three_channels(resize_part(picture, size, [edge / scale for edge in box], filter))
+            picture = self._reduced(scale) if self._is_jpeg else to_rgb(self._image)
         except Exception as error:
             raise _reason(error) from error
+        if scale == 1:
+            return _three_channels(resize(picture, size, box=box, filter=filter))
+        return _three_channels(resize_part(picture, size, [edge / scale for edge in box], filter))
 
     def at_least(self, side: int) -> Image.Image:
         """RGB, its shorter side at least `side` pixels where the file has as many; a JPEG may come reduced.

@@ -41,6 +41,7 @@ class Loader:
       text_reduction: passed on to the tokenizer.
       crop_area: smallest and largest share of the picture that a random crop keeps; (1, 1) keeps all of it.
       crop_aspect: smallest and largest width / height of the crop.
+      crop_filter: how crops are resized, see `resize`.
       jitter: colour jitter and random grey (`color_jitter_gray`).
       seed: of order, crops, jitter, choice among a sample's captions, and text reduction.
       start_step: first step delivered.
@@ -59,7 +60,7 @@ class Loader:
       waited: seconds that the consumer has waited for batches.
 
     Raises:
-      UserError: an argument out of range, such as a batch larger than the data.
+      UserError: an argument out of range, such as a batch larger than the data, or "area" without OpenCV.
       TooMuchBadData: while iterating, above `max_bad_share`.
     """
 
@@ -75,6 +76,7 @@ class Loader:
         text_reduction: str = "truncate",
         crop_area: tuple[float, float] = (0.4, 1.0),
         crop_aspect: tuple[float, float] = (0.75, 1.33),
+        crop_filter: Filter = "bilinear",
         jitter: bool = False,
         seed: int = 0,
         start_step: int = 0,
@@ -98,6 +100,7 @@ class Loader:
             text_reduction=text_reduction,
             crop_area=crop_area,
             crop_aspect=crop_aspect,
+            crop_filter=crop_filter,
             jitter=jitter,
             seed=seed,
             cache_mb=cache_mb,

@@ -13,12 +13,13 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image
 
+from clipa_fast.data.area_filter import area_resize, check_opencv
 from clipa_fast.errors import UserError
 
 EvalResize = Literal["squash", "shorter_side"]
-Filter = Literal["bilinear", "bicubic"]
+Filter = Literal["bilinear", "bicubic", "area"]
 
-_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_PILLOW_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _ASPECT_TRIES = 8
 CROP_UNIFORMS = _ASPECT_TRIES + 3
 """Uniform numbers that `crop_boxes` takes per picture."""
@@ -43,22 +44,27 @@ def resize(
       size: side S of the result in pixels.
       box: (left, top, right, bottom) of the part in pixels; None: the whole picture. What lies outside has no part
         in the result, as if it had been cut off before.
-      filter: "bilinear", as CLIPA, or "bicubic", as open_clip.
+      filter: "bilinear", as CLIPA; "bicubic", as open_clip; or "area", the cheapest, see `area_resize`.
       truncate: cast to uint8 by truncation, as CLIPA's JAX code does, instead of rounding: half a level darker in the
-        mean, and about twice the time for RGB.
+        mean, and about twice the time for RGB. Not with "area".
 
     Returns:
       uint8 [S, S] or [S, S, 3].
+
+    Raises:
+      UserError: an unknown filter, or `truncate` with "area".
+      ImportError: "area", and OpenCV is not installed.
     """
-    if filter not in _FILTERS:
-        raise UserError(f"filter: got {filter!r}; accepted: {', '.join(_FILTERS)}")
+    _check_name(filter)
+    if truncate and filter == "area":
+        raise UserError("truncate: got True with filter area; accepted: bilinear, bicubic")
     if box is not None:
         left, top, right, bottom = box
         picture = picture[top:bottom, left:right]
     if truncate:
         planes = picture.astype(np.float32).reshape(*picture.shape[:2], -1)
         out = [
-            np.asarray(Image.fromarray(planes[:, :, c]).resize((size, size), _FILTERS[filter]))
+            np.asarray(Image.fromarray(planes[:, :, c]).resize((size, size), _PILLOW_FILTERS[filter]))
             for c in range(planes.shape[2])
         ]
         # The 0.001 keeps whole numbers whole under float32 rounding.
@@ -66,26 +72,48 @@ def resize(
         return stacked.reshape(size, size, *picture.shape[2:])
     if picture.shape[:2] == (size, size):
         return picture
-    return np.asarray(Image.fromarray(picture).resize((size, size), _FILTERS[filter]))
+    if filter == "area":
+        return area_resize(picture, size)
+    return np.asarray(Image.fromarray(picture).resize((size, size), _PILLOW_FILTERS[filter]))
 
 
 def resize_part(picture: np.ndarray, size: int, box: Sequence[float], filter: Filter = "bilinear") -> np.ndarray:
-    """Resizes a part of a picture whose edges lie between its pixels to a square.
+    """Resizes a part of a picture whose edges lie between its pixels to a square, as `resize` does.
 
     Args:
       picture: uint8 [H, W] or [H, W, 3].
       size: side S of the result in pixels.
-      box: (left, top, right, bottom) of the part in pixels; less than a pixel beyond it takes part in the result.
+      box: (left, top, right, bottom) of the part in pixels. "area" moves each edge to the nearest pixel's, outwards
+        from a pixel's middle; with the others less than a pixel beyond the box takes part in the result.
       filter: as `resize` takes it.
 
     Returns:
       uint8 [S, S] or [S, S, 3].
+
+    Raises:
+      UserError, ImportError: as `resize` raises them.
     """
+    _check_name(filter)
+    if filter == "area":
+        left, top = math.ceil(box[0] - 0.5), math.ceil(box[1] - 0.5)
+        return resize(picture, size, box=(left, top, math.floor(box[2] + 0.5), math.floor(box[3] + 0.5)), filter=filter)
     left, top = math.floor(box[0]), math.floor(box[1])
     picture = picture[top : math.ceil(box[3]), left : math.ceil(box[2])]
     height, width = picture.shape[:2]
     inner = (box[0] - left, box[1] - top, min(box[2] - left, width), min(box[3] - top, height))
-    return np.asarray(Image.fromarray(picture).resize((size, size), _FILTERS[filter], inner))
+    return np.asarray(Image.fromarray(picture).resize((size, size), _PILLOW_FILTERS[filter], inner))
+
+
+def check_crop_filter(argument: str, filter: Filter) -> None:
+    """Raises UserError for an unknown filter, and for "area" without OpenCV; `argument` is where it was asked for."""
+    _check_name(filter, argument)
+    if filter == "area":
+        check_opencv(argument)
+
+
+def _check_name(filter: str, argument: str = "filter") -> None:
+    if filter not in get_args(Filter):
+        raise UserError(f"{argument}: got {filter!r}; accepted: {', '.join(get_args(Filter))}")
 
 
 def eval_resize(

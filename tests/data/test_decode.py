@@ -1,6 +1,7 @@
 """Reduced decoding gives the pictures of whole decoding, and what is unusual is noted."""
 
 import contextlib
+import importlib.util
 import io
 import struct
 import zlib
@@ -14,6 +15,7 @@ from PIL import Image
 from clipa_fast.data import decode
 from clipa_fast.data.decode import DecodeError, EncodedPicture
 from clipa_fast.data.transforms import resize
+from clipa_fast.errors import UserError
 
 from . import tars
 
@@ -46,6 +48,36 @@ def test_a_crop_is_the_whole_decodes_crop(height, width, size, data):
     assert cropped.shape == (size, size, 3)
     # A shift by half a pixel of the crop would cost 20 dB here.
     assert psnr(cropped, expected) > 33
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cv2") is None, reason="OpenCV is not installed")
+@pytest.mark.parametrize("grey", [False, True])
+@settings(deadline=None, max_examples=15)
+@given(st.integers(170, 700), st.integers(170, 700), st.sampled_from([32, 64, 84]), st.data())
+def test_a_crop_by_area_is_off_by_half_a_pixel_at_most(grey, height, width, size, data):
+    """Of the reduced picture, whose pixels are no larger than the crop's."""
+    pixels = smooth(height, width)
+    encoded = jpeg(pixels[:, :, 0] if grey else pixels)
+    left, top = data.draw(st.integers(0, width - 169)), data.draw(st.integers(0, height - 169))
+    box = (left, top, data.draw(st.integers(left + 168, width)), data.draw(st.integers(top + 168, height)))
+    whole = EncodedPicture(encoded).rgb()
+    cropped = EncodedPicture(encoded).crop(box, size, "area")
+    assert cropped.shape == (size, size, 3)
+    expected = resize(whole, size, box=box, filter="area").astype(float)
+    slope = np.zeros((size, size, 3))
+    slope[:-1] += np.abs(np.diff(expected, axis=0))
+    slope[:, :-1] = np.maximum(slope[:, :-1], 0) + np.abs(np.diff(expected, axis=1))
+    # Two thirds of the smooth change between neighbours, which half a pixel is below, and JPEG's own error.
+    assert np.mean(np.abs(cropped - expected)) <= 2 / 3 * slope.mean() + 1.5
+    # Edges move to both sides alike: no shift of the whole.
+    assert abs(np.mean(cropped - expected)) < 2.5
+
+
+def test_a_wrong_filter_is_no_damage():
+    with pytest.raises(UserError, match="filter: got 'nearest'; accepted: bilinear, bicubic, area"):
+        EncodedPicture(jpeg(smooth(200, 200))).crop((0, 0, 200, 200), 84, "nearest")
+    with pytest.raises(UserError, match="filter: got 'nearest'"):
+        EncodedPicture(jpeg(smooth(200, 200))).crop((0, 0, 90, 90), 84, "nearest")
 
 
 @pytest.mark.parametrize(("box_side", "scale"), [(512, 4), (336, 4), (335, 2), (168, 2), (167, 1), (60, 1)])

@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipa_fast.data import area_filter
 from clipa_fast.data.loader import Loader, evaluation_batches
 from clipa_fast.data.order import Order
 from clipa_fast.data.shards import ShardSource
 from clipa_fast.data.source import UnreadablePicture
+from clipa_fast.data.transforms import resize
 from clipa_fast.errors import UserError
 from clipa_fast.text.tokenizer import WordPieceTokenizer
 
@@ -256,11 +258,31 @@ def test_memory_is_bounded_by_a_few_batches_ahead():
         ({"cache_mb": -1}, "cache_mb: got -1"),
         ({"seed": -1}, "seed: got -1"),
         ({"crop_area": (0.0, 1.0)}, "crop_area: got"),
+        ({"crop_filter": "nearest"}, "crop_filter: got 'nearest'; accepted: bilinear, bicubic, area"),
     ],
 )
 def test_wrong_arguments(options, message):
     with pytest.raises(UserError, match=message):
         loader(Array(20), **options)
+
+
+def test_area_without_opencv_is_refused_before_any_step(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    monkeypatch.setattr(area_filter, "_opencv", area_filter._opencv.__wrapped__)
+    with pytest.raises(UserError, match="crop_filter: area needs OpenCV"):
+        loader(Array(20), crop_filter="area")
+
+
+@pytest.mark.parametrize("kind", [Pictures, Array])
+@pytest.mark.parametrize("filter", ["bicubic", "area"])
+def test_the_crops_filter_is_the_one_asked_for(kind, filter):
+    if filter == "area":
+        pytest.importorskip("cv2", reason="OpenCV is not installed")
+    source = kind(20)
+    options = {"crop_area": (1.0, 1.0), "jitter": False, "num_steps": 2}
+    for batch in loader(source, crop_filter=filter, **options):
+        for index, image in zip(batch.index.tolist(), batch.image, strict=True):
+            np.testing.assert_array_equal(image, resize(source.picture(index), 16, filter=filter))
 
 
 def test_wrong_evaluation_arguments():

@@ -66,6 +66,15 @@ def test_processes_make_what_one_makes_and_resume_as_another_number_of_them(sour
         np.testing.assert_array_equal(joined, whole[4].index)
 
 
+def test_area_is_the_same_in_processes_and_resumed(source):
+    pytest.importorskip("cv2", reason="OpenCV is not installed")
+    whole = list(Loader(source, workers=0, num_steps=4, crop_filter="area", **OPTIONS))
+    assert_same(Loader(source, workers=2, num_steps=4, crop_filter="area", **OPTIONS), whole)
+    assert_same(Loader(source, workers=1, start_step=2, num_steps=4, crop_filter="area", **OPTIONS), whole[2:])
+    other = next(iter(Loader(source, workers=0, num_steps=4, **OPTIONS)))
+    assert not np.array_equal(other.image, whole[0].image)
+
+
 def test_a_workers_error_is_raised_here(source):
     with pytest.raises(UserError, match="nonsense"):
         list(Loader(source, workers=1, num_steps=2, text_reduction="nonsense", **OPTIONS))
