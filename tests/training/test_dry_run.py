@@ -41,8 +41,9 @@ def test_a_step_of_the_demo_for_four_devices(capsys, tmp_path):
     told = capsys.readouterr()
     assert "compiling the step of stage finetune" in " ".join(told.err.split())
     assert "4 devices as data 2 x fsdp 2" in told.out
-    image_tokens = tokens_per_pair(RECIPES["demo"], RECIPES["demo"].stages[1]) - 16
-    assert f"{image_tokens} image + 16 text tokens, batch 128 (32 a device" in told.out
+    stage = RECIPES["demo"].stages[1]
+    image_tokens, batch = tokens_per_pair(RECIPES["demo"], stage) - 16, stage.batch_size
+    assert f"{image_tokens} image + 16 text tokens, batch {batch} ({batch // 4} a device" in told.out
     assert "fits, 9" in told.out
     for collective in ("all-gather", "all-reduce"):
         assert collective in told.out
