@@ -46,11 +46,6 @@ def only_lanes(x: jax.Array, start: int, stop: int) -> jax.Array:
     return pltpu.bitcast(pltpu.bitcast(x, jnp.uint32) & keep, x.dtype)
 
 
-def heads_stacked(x: jax.Array, heads: Heads) -> jax.Array:
-    """[rows, lanes] -> [heads * rows, lanes]: for each head, `x` in the head's lanes only."""
-    return jnp.concatenate([only_lanes(x, *head) for head in heads], axis=0)
-
-
 def queries_stacked(x: jax.Array, heads: Heads, columns: Columns) -> jax.Array:
     """[tile rows, lanes] -> [columns, lanes]: the rows that stand behind each column of the logits, else zeros."""
     parts = []
@@ -83,40 +78,80 @@ def query_rows(columns: Columns, heads: int, part: slice) -> jax.Array:
     return jnp.concatenate(tiles[part.start // LANES : part.stop // LANES], axis=1)
 
 
-def sum_over_keys(weights: jax.Array, x: jax.Array, heads: Heads, columns: Columns) -> jax.Array:
-    """[keys, columns], [keys, lanes] -> [tile rows, lanes]: for each query, the sum of rows of `x`, head by head."""
-    own = [weights[:, h * columns.own : h * columns.own + columns.own_rows] for h in range(len(heads))]
-    total = matmul(jnp.concatenate(own, axis=0), heads_stacked(x, heads), transpose_a=True)
-    if not columns.shared:
-        return total
+def sum_over_keys(
+    weights: jax.Array, x: jax.Array, heads: Heads, columns: Columns, factors: jax.Array | None = None
+) -> jax.Array:
+    """[keys, columns], [keys, lanes] -> [lanes, rows]: for each query, the sum of rows of `x`, head by head.
+
+    `factors` [1, columns]: what each query's sum is multiplied by.
+    """
+    x = x.T
+
+    def product(head: tuple, part: slice) -> jax.Array:
+        total = matmul(_rows_around(x, head), weights[:, part])
+        return total if factors is None else total * factors[:, part]
+
     first = len(heads) * columns.own
-    both = matmul(weights[:, first : first + len(heads) * columns.shared], x, transpose_a=True)
-    lane = lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
-    rest = jnp.zeros((columns.shared_rows, x.shape[1]), jnp.float32)
-    for h, (start, stop) in enumerate(heads):
-        part = both[h * columns.shared : h * columns.shared + columns.shared_rows]
-        rest = jnp.where((lane >= start) & (lane < stop), part, rest)
-    return jnp.concatenate([total, rest], axis=0)
-
-
-def columns_as_rows(x: jax.Array, width: int, heads: Heads, columns: Columns) -> jax.Array:
-    """[1, columns] -> [tile rows, width]: for each query's row, the value of each head in that head's lanes."""
-    x = jnp.broadcast_to(x, (LANES, x.shape[1]))
-    x = jnp.concatenate([x[:, start : start + LANES].T for start in range(0, x.shape[1], LANES)], axis=0)
-
-    def of_head(h: int) -> jax.Array:
-        parts = [x[h * columns.own : h * columns.own + columns.own_rows]]
+    parts = []
+    for h, head in enumerate(heads):
+        part = product(head, slice(h * columns.own, (h + 1) * columns.own))
         if columns.shared:
-            first = len(heads) * columns.own + h * columns.shared
-            parts.append(x[first : first + columns.shared_rows])
-        part = jnp.concatenate(parts, axis=0)
-        return jnp.concatenate([part] * -(-width // LANES), axis=1)[:, :width]
+            shared = product(head, slice(first, first + LANES))
+            shared = pltpu.roll(shared, LANES - h * columns.shared, 1) if h else shared
+            part = jnp.concatenate([part, shared], axis=1)
+        parts.append(part)
+    return _rows_of_heads(parts, heads, x.shape[0])
 
-    lane = lax.broadcasted_iota(jnp.int32, (1, width), 1)
-    result = of_head(0)
-    for h in range(1, len(heads)):
-        result = jnp.where(lane >= heads[h][0], of_head(h), result)
-    return result
+
+def sum_over_queries(weights: jax.Array, x: jax.Array, heads: Heads, columns: Columns) -> jax.Array:
+    """[keys, columns], [tile rows, lanes] -> [lanes, keys]: for each key, the sum of rows of `x`, head by head."""
+    x_t = x.T
+    parts = []
+    for h, head in enumerate(heads):
+        own = slice(h * columns.own, h * columns.own + columns.own_rows)
+        parts.append(matmul(_rows_around(x_t, head)[:, : columns.own_rows], weights[:, own], transpose_b=True))
+    total = _rows_of_heads(parts, heads, x.shape[1])
+    if columns.shared:
+        first = len(heads) * columns.own
+        shared = queries_stacked(x, heads, columns)[first:].T
+        total += matmul(shared, weights[:, first:], transpose_b=True)
+    return total
+
+
+def _span(head: tuple) -> tuple[int, int] | None:
+    """The rows that whole registers of any dtype around a head's rows hold; None: all, as its place is not known."""
+    start, stop = head
+    return (start // 16 * 16, -(-stop // 16) * 16) if isinstance(start, int) else None
+
+
+def _rows_around(x: jax.Array, head: tuple) -> jax.Array:
+    span = _span(head)
+    return x if span is None else x[span[0] : min(span[1], x.shape[0])]
+
+
+def _rows_of_heads(parts: list[jax.Array], heads: Heads, rows: int) -> jax.Array:
+    """[rows, n]: of each part, made from `_rows_around` its head, the head's rows; zeros where there is no head.
+
+    Of a head whose place is not known all is returned.
+    """
+    if _span(heads[0]) is None:
+        return parts[0]
+    if all(edge % SUBLANES == 0 for head in heads for edge in head):
+        pieces = [
+            part[start - _span((start, stop))[0] : stop - _span((start, stop))[0]]
+            for part, (start, stop) in zip(parts, heads, strict=True)
+        ]
+        before, after = heads[0][0], rows - heads[-1][1]
+        zeros = [jnp.zeros((n, parts[0].shape[1]), jnp.float32) for n in (before, after)]
+        return jnp.concatenate([x for x in (zeros[0], *pieces, zeros[1]) if x.shape[0]], axis=0)
+    row = lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+    total = jnp.zeros((rows, parts[0].shape[1]), jnp.float32)
+    for part, head in zip(parts, heads, strict=True):
+        first = _span(head)[0]
+        around = [jnp.zeros((n, part.shape[1]), jnp.float32) for n in (first, rows - first - part.shape[0])]
+        padded = jnp.concatenate([x for x in (around[0], part, around[1]) if x.shape[0]], axis=0)
+        total = jnp.where((row >= head[0]) & (row < head[1]), padded, total)
+    return total
 
 
 def by_registers(reduce: Callable, x: jax.Array) -> jax.Array:
