@@ -8,6 +8,7 @@ A head is not cut out of its lane window. Zeros in the lanes of the other heads,
 same effect and cost one AND per register; the products of several heads then add up in the lanes where they belong.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -87,19 +88,18 @@ def sum_over_keys(
     """
     x = x.T
 
-    def product(head: tuple, part: slice) -> jax.Array:
-        total = matmul(_rows_around(x, head), weights[:, part])
+    def product(rows: slice, part: slice) -> jax.Array:
+        total = matmul(x[rows], weights[:, part])
         return total if factors is None else total * factors[:, part]
 
-    first = len(heads) * columns.own
-    parts = []
-    for h, head in enumerate(heads):
-        part = product(head, slice(h * columns.own, (h + 1) * columns.own))
-        if columns.shared:
-            shared = product(head, slice(first, first + LANES))
-            shared = pltpu.roll(shared, LANES - h * columns.shared, 1) if h else shared
-            part = jnp.concatenate([part, shared], axis=1)
-        parts.append(part)
+    spans = [_span(head, x.shape[0]) for head in heads]
+    parts = [product(span, slice(h * columns.own, (h + 1) * columns.own)) for h, span in enumerate(spans)]
+    if columns.shared:
+        first = len(heads) * columns.own
+        shared = product(slice(0, x.shape[0]), slice(first, first + LANES))
+        for h, span in enumerate(spans):
+            of_head = pltpu.roll(shared[span], LANES - h * columns.shared, 1) if h else shared[span]
+            parts[h] = jnp.concatenate([parts[h], of_head], axis=1)
     return _rows_of_heads(parts, heads, x.shape[0])
 
 
@@ -109,7 +109,7 @@ def sum_over_queries(weights: jax.Array, x: jax.Array, heads: Heads, columns: Co
     parts = []
     for h, head in enumerate(heads):
         own = slice(h * columns.own, h * columns.own + columns.own_rows)
-        parts.append(matmul(_rows_around(x_t, head)[:, : columns.own_rows], weights[:, own], transpose_b=True))
+        parts.append(matmul(x_t[_span(head, x.shape[1]), : columns.own_rows], weights[:, own], transpose_b=True))
     total = _rows_of_heads(parts, heads, x.shape[1])
     if columns.shared:
         first = len(heads) * columns.own
@@ -118,39 +118,37 @@ def sum_over_queries(weights: jax.Array, x: jax.Array, heads: Heads, columns: Co
     return total
 
 
-def _span(head: tuple) -> tuple[int, int] | None:
-    """The rows that whole registers of any dtype around a head's rows hold; None: all, as its place is not known."""
+def _span(head: tuple, rows: int) -> slice:
+    """The rows that whole registers of any dtype around a head's rows hold; all, if their place is not known."""
     start, stop = head
-    return (start // 16 * 16, -(-stop // 16) * 16) if isinstance(start, int) else None
-
-
-def _rows_around(x: jax.Array, head: tuple) -> jax.Array:
-    span = _span(head)
-    return x if span is None else x[span[0] : min(span[1], x.shape[0])]
+    if not isinstance(start, int):
+        return slice(0, rows)
+    return slice(start // 16 * 16, min(-(-stop // 16) * 16, rows))
 
 
 def _rows_of_heads(parts: list[jax.Array], heads: Heads, rows: int) -> jax.Array:
-    """[rows, n]: of each part, made from `_rows_around` its head, the head's rows; zeros where there is no head.
+    """[rows, n]: each head's rows of its part, which holds those of its `_span`; zeros where there is no head.
 
-    Of a head whose place is not known all is returned.
+    Of one head whose place is not known all rows are returned.
     """
-    if _span(heads[0]) is None:
+    if not isinstance(heads[0][0], int):
         return parts[0]
+    spans = [_span(head, rows) for head in heads]
+    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+    n = parts[0].shape[1]
     if all(edge % SUBLANES == 0 for head in heads for edge in head):
         pieces = [
-            part[start - _span((start, stop))[0] : stop - _span((start, stop))[0]]
-            for part, (start, stop) in zip(parts, heads, strict=True)
+            part[start - span.start : stop - span.start]
+            for part, span, (start, stop) in zip(parts, spans, heads, strict=True)
         ]
-        before, after = heads[0][0], rows - heads[-1][1]
-        zeros = [jnp.zeros((n, parts[0].shape[1]), jnp.float32) for n in (before, after)]
-        return jnp.concatenate([x for x in (zeros[0], *pieces, zeros[1]) if x.shape[0]], axis=0)
+        pieces = [zeros((heads[0][0], n)), *pieces, zeros((rows - heads[-1][1], n))]
+        return jnp.concatenate([piece for piece in pieces if piece.shape[0]], axis=0)
     row = lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-    total = jnp.zeros((rows, parts[0].shape[1]), jnp.float32)
-    for part, head in zip(parts, heads, strict=True):
-        first = _span(head)[0]
-        around = [jnp.zeros((n, part.shape[1]), jnp.float32) for n in (first, rows - first - part.shape[0])]
-        padded = jnp.concatenate([x for x in (around[0], part, around[1]) if x.shape[0]], axis=0)
-        total = jnp.where((row >= head[0]) & (row < head[1]), padded, total)
+    total = zeros((rows, n))
+    for part, span, (start, stop) in zip(parts, spans, heads, strict=True):
+        pieces = [zeros((span.start, n)), part, zeros((rows - span.stop, n))]
+        padded = jnp.concatenate([piece for piece in pieces if piece.shape[0]], axis=0)
+        total = jnp.where((row >= start) & (row < stop), padded, total)
     return total
 
 
