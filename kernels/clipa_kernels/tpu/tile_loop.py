@@ -202,10 +202,13 @@ def _rolled(row: jax.Array, lanes: int | jax.Array) -> jax.Array:
 
 
 class LaneTiles:
-    """Sums the results of head groups in the 128-lane tiles they share, and stores a tile once it is complete."""
+    """Sums the results of head groups in the 128-lane tiles they share, and stores a tile once it is complete.
 
-    def __init__(self, tiling: Tiling, window: Window, ref, scale: float):
-        self.window, self.ref, self.scale = window, ref, scale
+    Results are [rows, lanes], or [lanes, rows] if `transposed`.
+    """
+
+    def __init__(self, tiling: Tiling, window: Window, ref, scale: float, *, transposed: bool):
+        self.window, self.ref, self.scale, self.transposed = window, ref, scale, transposed
         self.width = tiling.block_lanes
         self.looped = tiling.looped_heads > 0
         self.missing = {}
@@ -215,18 +218,20 @@ class LaneTiles:
         self.sums: dict[int, jax.Array] = {}
 
     def add(self, group: HeadGroup, x: jax.Array) -> None:
-        """`x`: [lanes of the group, rows]; rows beyond the tile's are dropped."""
         if self.looped:
-            self.window.store_head(self.ref, group, self._rows(x))
+            self.window.store_head(self.ref, group, self._finished(x))
             return
         for tile in group.lane_tiles:
             start, stop = tile * LANES, min((tile + 1) * LANES, self.width)
-            part = x[start - group.start : stop - group.start]
+            lanes = slice(start - group.start, stop - group.start)
+            part = x[lanes] if self.transposed else x[:, lanes]
             self.sums[tile] = self.sums[tile] + part if tile in self.sums else part
             self.missing[tile] -= 1
             if not self.missing[tile]:
-                self.window.store(self.ref, slice(start, stop), self._rows(self.sums.pop(tile)))
+                self.window.store(self.ref, slice(start, stop), self._finished(self.sums.pop(tile)))
 
-    def _rows(self, x: jax.Array) -> jax.Array:
-        x = x if self.scale == 1 else x * self.scale
-        return x.astype(self.ref.dtype).T[: self.window.tiling.tile_rows]
+    def _finished(self, x: jax.Array) -> jax.Array:
+        """[tile rows, lanes] in the dtype of the result."""
+        x = (x if self.scale == 1 else x * self.scale).astype(self.ref.dtype)
+        # Transposed last: in bfloat16 there is half as much of it.
+        return x.T[: self.window.tiling.tile_rows] if self.transposed else x

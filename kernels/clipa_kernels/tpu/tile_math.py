@@ -4,8 +4,11 @@ Logits stand transposed, keys along rows (sublanes) and queries along columns (l
 adds of registers, and only one product of the backward has to be transposed. Heads that are computed together lie
 side by side, each with its queries in `LANES` columns of its own.
 
-A head is not cut out of its lane window. Zeros in the lanes of the other heads, on one side of each product, have the
+A head is not cut out of its lane window. Zeros in the lanes of the other heads, on one side of a product, have the
 same effect and cost one AND per register; the products of several heads then add up in the lanes where they belong.
+Transposed, lanes are rows, and a head's rows can be cut out for nothing. So a product whose result is as wide as a
+head is made transposed where it pays: what flows through the matrix unit are the head's lanes alone, not the tile's
+rows with zeros for all other heads in the unit's width.
 """
 
 import functools
@@ -84,12 +87,12 @@ def sum_over_keys(
 ) -> jax.Array:
     """[keys, columns], [keys, lanes] -> [lanes, rows]: for each query, the sum of rows of `x`, head by head.
 
-    `factors` [1, columns]: what each query's sum is multiplied by.
+    `factors` [1, columns]: what each query's sum is multiplied by. Rows beyond the tile's may hold anything.
     """
     x = x.T
 
-    def product(rows: slice, part: slice) -> jax.Array:
-        total = matmul(x[rows], weights[:, part])
+    def product(span: slice, part: slice) -> jax.Array:
+        total = matmul(x[span], weights[:, part])
         return total if factors is None else total * factors[:, part]
 
     spans = [_span(head, x.shape[0]) for head in heads]
@@ -104,18 +107,18 @@ def sum_over_keys(
 
 
 def sum_over_queries(weights: jax.Array, x: jax.Array, heads: Heads, columns: Columns) -> jax.Array:
-    """[keys, columns], [tile rows, lanes] -> [lanes, keys]: for each key, the sum of rows of `x`, head by head."""
-    x_t = x.T
+    """[keys, columns], [tile rows, lanes] -> [keys, lanes]: for each key, the sum of rows of `x`, head by head."""
+    return matmul(weights, queries_stacked(x, heads, columns))
+
+
+def sum_over_queries_transposed(weights: jax.Array, x: jax.Array, heads: Heads, columns: Columns) -> jax.Array:
+    """What `sum_over_queries` gives, as [lanes, keys]; no columns may be shared."""
+    x = x.T
     parts = []
     for h, head in enumerate(heads):
         own = slice(h * columns.own, h * columns.own + columns.own_rows)
-        parts.append(matmul(x_t[_span(head, x.shape[1]), : columns.own_rows], weights[:, own], transpose_b=True))
-    total = _rows_of_heads(parts, heads, x.shape[1])
-    if columns.shared:
-        first = len(heads) * columns.own
-        shared = queries_stacked(x, heads, columns)[first:].T
-        total += matmul(shared, weights[:, first:], transpose_b=True)
-    return total
+        parts.append(matmul(x[_span(head, x.shape[0])], weights[:, own], transpose_b=True))
+    return _rows_of_heads(parts, heads, x.shape[0])
 
 
 def _span(head: tuple, rows: int) -> slice:
