@@ -5,6 +5,6 @@ forward and backward among the candidates tried, at 12 heads, or 16 from head_di
 """
 
 TABLE: dict[tuple[str, str, int, int], tuple[int, int, tuple[int, int], int]] = {
-    ("v6e", "bfloat16", 257, 64): (12, 6, (1, 4), 1),
+    ("v6e", "bfloat16", 346, 64): (2, 4, (3, 6), 1),
     ("v6e", "bfloat16", 577, 64): (12, 6, (1, 3), 2),
 }

@@ -21,21 +21,25 @@ def gradient_products(
     `operand_refs` are query, key and the output's gradient, `gradient_refs` those of query, key and value.
     """
     query_ref, key_ref, d_out_ref = operand_refs
-    d_query, d_key, d_value = (
-        LaneTiles(tiling, window, ref, factor) for ref, factor in zip(gradient_refs, (scale, scale, 1), strict=True)
-    )
+    transposed = tiling.sums_queries_transposed
+    sum_over_queries = tm.sum_over_queries_transposed if transposed else tm.sum_over_queries
+    query_gradient_ref, key_gradient_ref, value_gradient_ref = gradient_refs
+    d_query = LaneTiles(tiling, window, query_gradient_ref, scale, transposed=True)
+    d_key = LaneTiles(tiling, window, key_gradient_ref, scale, transposed=transposed)
+    d_value = LaneTiles(tiling, window, value_gradient_ref, 1, transposed=transposed)
 
-    def waiting(ref, item: Item):
-        return ref[products_place(ref, item, slice(0, tiling.columns(item.group).total))]
+    def product(sum_up, ref, operand_ref, item: Item):
+        group, columns = item.group, tiling.columns(item.group)
+        weights = ref[products_place(ref, item, slice(0, columns.total))]
+        return sum_up(weights, window.load(operand_ref, group), group.heads, columns)
 
     def for_value(item: Item):
-        d_value.add(item.group, tm.matmul(waiting(probs_ref, item), window.load_queries(d_out_ref, item.group)))
+        d_value.add(item.group, product(sum_over_queries, probs_ref, d_out_ref, item))
 
     def for_key(item: Item):
-        d_key.add(item.group, tm.matmul(waiting(d_logits_ref, item), window.load_queries(query_ref, item.group)))
+        d_key.add(item.group, product(sum_over_queries, d_logits_ref, query_ref, item))
 
     def for_query(item: Item):
-        group, key = item.group, window.load(key_ref, item.group)
-        d_query.add(group, tm.sum_over_keys(waiting(d_logits_ref, item), key, group.heads, tiling.columns(group)))
+        d_query.add(item.group, product(tm.sum_over_keys, d_logits_ref, key_ref, item))
 
     return for_value, for_key, for_query

@@ -1,7 +1,7 @@
 """The kernels for tiles of more than 128 rows, which hold one long sequence.
 
 Its logits fill more registers than there are, so the vector unit takes them in pieces, as the matrix unit leaves them.
-The forward of the longer ones divides the output, not the weights. It keeps one number for each query: the log2 of its
+The forward divides the output, not the weights. It keeps one number for each query: the log2 of its
 sum of exponentials. With it the backward makes a probability from a logit alone. What it needs of all keys, the sum of
 probabilities times their gradients, it adds up itself: made from the rounded output, that sum would be wrong by a fifth
 of a gradient where values have much in common.
@@ -20,7 +20,6 @@ from clipa_kernels.tpu.tile_mask import mask_of_tile
 from clipa_kernels.tpu.tiling import BACKWARD_STAGES, FORWARD_STAGES, SUBLANES, Tiling
 
 PIECE = 32  # rows of logits that the vector unit works on at a time
-DIVIDE_OUTPUT_FROM = 200  # keys: of fewer it costs less to divide the weights
 
 
 def _pieces(tiling: Tiling) -> list[slice]:
@@ -59,7 +58,7 @@ def backward_scratch(tiling: Tiling, dtype) -> list:
 def forward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: bool, keep_statistics: bool, *refs):
     """Refs: lengths if there are any, query, key, value, bias; output, statistics if they are kept; then
     `forward_scratch` and the mask's."""
-    factor, divide_output = scale / math.log(2), tiling.tile_rows >= DIVIDE_OUTPUT_FROM
+    factor = scale / math.log(2)
     lengths_ref, refs = refs[0] if has_lengths else None, refs[has_lengths:]
     query_ref, key_ref, value_ref, bias_ref, out_ref, *refs = refs
     statistics_ref, refs = refs[0] if keep_statistics else None, refs[keep_statistics:]
@@ -68,7 +67,7 @@ def forward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: b
     def work(tile, slot):
         window = Window(tiling, tile)
         mask = mask_of_tile(tiling, window, is_causal, bias_ref, lengths_ref, scratch, slot)
-        out = LaneTiles(tiling, window, out_ref, 1)
+        out = LaneTiles(tiling, window, out_ref, 1, transposed=True)
 
         def score(item: Item):
             group = item.group
@@ -86,30 +85,22 @@ def forward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: b
             number, _, columns = logits_place(logits_ref, item)
             place, _, own = products_place(probs_ref, item, item.columns)
             top = jnp.max(top_ref[number, :, columns], axis=0, keepdims=True)
-            total, kept = jnp.zeros((SUBLANES, top.shape[1]), jnp.float32), []
+            total = jnp.zeros((SUBLANES, top.shape[1]), jnp.float32)
             for rows in _pieces(tiling):
                 weights = jnp.exp2((logits_ref[number, rows, columns] - top) * factor)
                 total += tm.by_registers(jnp.sum, weights)
-                if divide_output:
-                    probs_ref[place, rows, own] = weights.astype(probs_ref.dtype)
-                else:
-                    kept.append((rows, weights))
+                probs_ref[place, rows, own] = weights.astype(probs_ref.dtype)
             total = jnp.sum(total, axis=0, keepdims=True)
             mine = window.queries_inside(item) & (total > 0)
             total = jnp.maximum(total, tm.TINY)
-            inverse = jnp.where(mine, 1 / total, 0)
-            for rows, weights in kept:
-                probs_ref[place, rows, own] = (weights * inverse).astype(probs_ref.dtype)
-            inverse_ref[place, :, own] = inverse
+            inverse_ref[place, :, own] = jnp.where(mine, 1 / total, 0)
             sums_ref[place, :, own] = jnp.where(mine, top * factor + jnp.log2(total), tm.UNSEEN)
 
         def combine(item: Item):
             group, columns = item.group, tiling.columns(item.group)
             place = products_place(probs_ref, item, slice(0, columns.total))
-            total = tm.sum_over_keys(probs_ref[place], window.load(value_ref, group), group.heads, columns)
-            if divide_output:
-                total *= tm.columns_as_rows(inverse_ref[place], group.width, group.heads, columns)
-            out.add(group, total)
+            value = window.load(value_ref, group)
+            out.add(group, tm.sum_over_keys(probs_ref[place], value, group.heads, columns, inverse_ref[place]))
             if statistics_ref is not None:
                 window.store_statistics(statistics_ref, item, sums_ref[place])
 

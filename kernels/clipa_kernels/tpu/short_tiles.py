@@ -33,7 +33,7 @@ def forward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: b
     def work(tile, slot):
         window = Window(tiling, tile)
         mask = mask_of_tile(tiling, window, is_causal, bias_ref, lengths_ref, scratch, slot)
-        out = LaneTiles(tiling, window, out_ref, 1)
+        out = LaneTiles(tiling, window, out_ref, 1, transposed=True)
 
         def score(item: Item):
             group = item.group

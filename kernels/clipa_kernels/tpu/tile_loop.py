@@ -135,7 +135,7 @@ class Window:
         row = lax.broadcasted_iota(jnp.int32, x.shape, 0)
         start, stop = group.heads[0]
         mine = (lane >= start) & (lane < stop) & (row >= self.offset)
-        ref[place] = jnp.where(mine, x, ref[place].astype(jnp.float32)).astype(ref.dtype)
+        ref[place] = jnp.where(mine, x.astype(jnp.float32), ref[place].astype(jnp.float32)).astype(ref.dtype)
 
     def queries_inside(self, item: Item) -> jax.Array:
         """[1, columns] bool: whether the query of a column belongs to the tile's sequence."""
@@ -190,9 +190,10 @@ class Window:
         if self.tiling.offsets > 1:
             edge = round_up(self.tiling.offsets - 1, 2 * SUBLANES)
             kept = lax.broadcasted_iota(jnp.int32, (edge, 1), 0) < self.offset
-            first = jnp.where(kept, ref[pl.ds(self.start, edge), lanes].astype(jnp.float32), x[:edge])
+            before = ref[pl.ds(self.start, edge), lanes].astype(jnp.float32)
+            first = jnp.where(kept, before, x[:edge].astype(jnp.float32)).astype(x.dtype)
             x = jnp.concatenate([first, x[edge:]], axis=0)
-        ref[pl.ds(self.start, self.tiling.tile_rows), lanes] = x.astype(ref.dtype)
+        ref[pl.ds(self.start, self.tiling.tile_rows), lanes] = x
 
 
 def _rolled(row: jax.Array, lanes: int | jax.Array) -> jax.Array:
@@ -201,10 +202,13 @@ def _rolled(row: jax.Array, lanes: int | jax.Array) -> jax.Array:
 
 
 class LaneTiles:
-    """Sums the results of head groups in the 128-lane tiles they share, and stores a tile once it is complete."""
+    """Sums the results of head groups in the 128-lane tiles they share, and stores a tile once it is complete.
 
-    def __init__(self, tiling: Tiling, window: Window, ref, scale: float):
-        self.window, self.ref, self.scale = window, ref, scale
+    Results are [rows, lanes], or [lanes, rows] if `transposed`.
+    """
+
+    def __init__(self, tiling: Tiling, window: Window, ref, scale: float, *, transposed: bool):
+        self.window, self.ref, self.scale, self.transposed = window, ref, scale, transposed
         self.width = tiling.block_lanes
         self.looped = tiling.looped_heads > 0
         self.missing = {}
@@ -215,13 +219,19 @@ class LaneTiles:
 
     def add(self, group: HeadGroup, x: jax.Array) -> None:
         if self.looped:
-            self.window.store_head(self.ref, group, x if self.scale == 1 else x * self.scale)
+            self.window.store_head(self.ref, group, self._finished(x))
             return
         for tile in group.lane_tiles:
             start, stop = tile * LANES, min((tile + 1) * LANES, self.width)
-            part = x[:, start - group.start : stop - group.start]
+            lanes = slice(start - group.start, stop - group.start)
+            part = x[lanes] if self.transposed else x[:, lanes]
             self.sums[tile] = self.sums[tile] + part if tile in self.sums else part
             self.missing[tile] -= 1
             if not self.missing[tile]:
-                total = self.sums.pop(tile)
-                self.window.store(self.ref, slice(start, stop), total if self.scale == 1 else total * self.scale)
+                self.window.store(self.ref, slice(start, stop), self._finished(self.sums.pop(tile)))
+
+    def _finished(self, x: jax.Array) -> jax.Array:
+        """[tile rows, lanes] in the dtype of the result."""
+        x = (x if self.scale == 1 else x * self.scale).astype(self.ref.dtype)
+        # Transposed last: in bfloat16 there is half as much of it.
+        return x.T[: self.window.tiling.tile_rows] if self.transposed else x

@@ -4,10 +4,14 @@ Logits stand transposed, keys along rows (sublanes) and queries along columns (l
 adds of registers, and only one product of the backward has to be transposed. Heads that are computed together lie
 side by side, each with its queries in `LANES` columns of its own.
 
-A head is not cut out of its lane window. Zeros in the lanes of the other heads, on one side of each product, have the
+A head is not cut out of its lane window. Zeros in the lanes of the other heads, on one side of a product, have the
 same effect and cost one AND per register; the products of several heads then add up in the lanes where they belong.
+Transposed, lanes are rows, and a head's rows can be cut out for nothing. So a product whose result is as wide as a
+head is made transposed where it pays: what flows through the matrix unit are the head's lanes alone, not the tile's
+rows with zeros for all other heads in the unit's width.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -46,11 +50,6 @@ def only_lanes(x: jax.Array, start: int, stop: int) -> jax.Array:
     return pltpu.bitcast(pltpu.bitcast(x, jnp.uint32) & keep, x.dtype)
 
 
-def heads_stacked(x: jax.Array, heads: Heads) -> jax.Array:
-    """[rows, lanes] -> [heads * rows, lanes]: for each head, `x` in the head's lanes only."""
-    return jnp.concatenate([only_lanes(x, *head) for head in heads], axis=0)
-
-
 def queries_stacked(x: jax.Array, heads: Heads, columns: Columns) -> jax.Array:
     """[tile rows, lanes] -> [columns, lanes]: the rows that stand behind each column of the logits, else zeros."""
     parts = []
@@ -83,40 +82,77 @@ def query_rows(columns: Columns, heads: int, part: slice) -> jax.Array:
     return jnp.concatenate(tiles[part.start // LANES : part.stop // LANES], axis=1)
 
 
-def sum_over_keys(weights: jax.Array, x: jax.Array, heads: Heads, columns: Columns) -> jax.Array:
-    """[keys, columns], [keys, lanes] -> [tile rows, lanes]: for each query, the sum of rows of `x`, head by head."""
-    own = [weights[:, h * columns.own : h * columns.own + columns.own_rows] for h in range(len(heads))]
-    total = matmul(jnp.concatenate(own, axis=0), heads_stacked(x, heads), transpose_a=True)
-    if not columns.shared:
-        return total
-    first = len(heads) * columns.own
-    both = matmul(weights[:, first : first + len(heads) * columns.shared], x, transpose_a=True)
-    lane = lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
-    rest = jnp.zeros((columns.shared_rows, x.shape[1]), jnp.float32)
-    for h, (start, stop) in enumerate(heads):
-        part = both[h * columns.shared : h * columns.shared + columns.shared_rows]
-        rest = jnp.where((lane >= start) & (lane < stop), part, rest)
-    return jnp.concatenate([total, rest], axis=0)
+def sum_over_keys(
+    weights: jax.Array, x: jax.Array, heads: Heads, columns: Columns, factors: jax.Array | None = None
+) -> jax.Array:
+    """[keys, columns], [keys, lanes] -> [lanes, rows]: for each query, the sum of rows of `x`, head by head.
+
+    `factors` [1, columns]: what each query's sum is multiplied by. Rows beyond the tile's may hold anything.
+    """
+    x = x.T
+
+    def product(span: slice, part: slice) -> jax.Array:
+        total = matmul(x[span], weights[:, part])
+        return total if factors is None else total * factors[:, part]
+
+    spans = [_span(head, x.shape[0]) for head in heads]
+    parts = [product(span, slice(h * columns.own, (h + 1) * columns.own)) for h, span in enumerate(spans)]
+    if columns.shared:
+        first = len(heads) * columns.own
+        shared = product(slice(0, x.shape[0]), slice(first, first + LANES))
+        for h, span in enumerate(spans):
+            of_head = pltpu.roll(shared[span], LANES - h * columns.shared, 1) if h else shared[span]
+            parts[h] = jnp.concatenate([parts[h], of_head], axis=1)
+    return _rows_of_heads(parts, heads, x.shape[0])
 
 
-def columns_as_rows(x: jax.Array, width: int, heads: Heads, columns: Columns) -> jax.Array:
-    """[1, columns] -> [tile rows, width]: for each query's row, the value of each head in that head's lanes."""
-    x = jnp.broadcast_to(x, (LANES, x.shape[1]))
-    x = jnp.concatenate([x[:, start : start + LANES].T for start in range(0, x.shape[1], LANES)], axis=0)
+def sum_over_queries(weights: jax.Array, x: jax.Array, heads: Heads, columns: Columns) -> jax.Array:
+    """[keys, columns], [tile rows, lanes] -> [keys, lanes]: for each key, the sum of rows of `x`, head by head."""
+    return matmul(weights, queries_stacked(x, heads, columns))
 
-    def of_head(h: int) -> jax.Array:
-        parts = [x[h * columns.own : h * columns.own + columns.own_rows]]
-        if columns.shared:
-            first = len(heads) * columns.own + h * columns.shared
-            parts.append(x[first : first + columns.shared_rows])
-        part = jnp.concatenate(parts, axis=0)
-        return jnp.concatenate([part] * -(-width // LANES), axis=1)[:, :width]
 
-    lane = lax.broadcasted_iota(jnp.int32, (1, width), 1)
-    result = of_head(0)
-    for h in range(1, len(heads)):
-        result = jnp.where(lane >= heads[h][0], of_head(h), result)
-    return result
+def sum_over_queries_transposed(weights: jax.Array, x: jax.Array, heads: Heads, columns: Columns) -> jax.Array:
+    """What `sum_over_queries` gives, as [lanes, keys]; no columns may be shared."""
+    x = x.T
+    parts = []
+    for h, head in enumerate(heads):
+        own = slice(h * columns.own, h * columns.own + columns.own_rows)
+        parts.append(matmul(x[_span(head, x.shape[0])], weights[:, own], transpose_b=True))
+    return _rows_of_heads(parts, heads, x.shape[0])
+
+
+def _span(head: tuple, rows: int) -> slice:
+    """The rows that whole registers of any dtype around a head's rows hold; all, if their place is not known."""
+    start, stop = head
+    if not isinstance(start, int):
+        return slice(0, rows)
+    return slice(start // 16 * 16, min(-(-stop // 16) * 16, rows))
+
+
+def _rows_of_heads(parts: list[jax.Array], heads: Heads, rows: int) -> jax.Array:
+    """[rows, n]: each head's rows of its part, which holds those of its `_span`; zeros where there is no head.
+
+    Of one head whose place is not known all rows are returned.
+    """
+    if not isinstance(heads[0][0], int):
+        return parts[0]
+    spans = [_span(head, rows) for head in heads]
+    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+    n = parts[0].shape[1]
+    if all(edge % SUBLANES == 0 for head in heads for edge in head):
+        pieces = [
+            part[start - span.start : stop - span.start]
+            for part, span, (start, stop) in zip(parts, spans, heads, strict=True)
+        ]
+        pieces = [zeros((heads[0][0], n)), *pieces, zeros((rows - heads[-1][1], n))]
+        return jnp.concatenate([piece for piece in pieces if piece.shape[0]], axis=0)
+    row = lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+    total = zeros((rows, n))
+    for part, span, (start, stop) in zip(parts, spans, heads, strict=True):
+        pieces = [zeros((span.start, n)), part, zeros((rows - span.stop, n))]
+        padded = jnp.concatenate([piece for piece in pieces if piece.shape[0]], axis=0)
+        total = jnp.where((row >= start) & (row < stop), padded, total)
+    return total
 
 
 def by_registers(reduce: Callable, x: jax.Array) -> jax.Array:

@@ -97,6 +97,15 @@ class Tiling:
         """Whether a tile holds one sequence and more than 128 rows."""
         return self.tile_rows > LANES
 
+    @property
+    def sums_queries_transposed(self) -> bool:
+        """Whether products that sum over queries are made transposed.
+
+        That pays where many rows flow through the matrix unit otherwise, unless heads share columns: what then is to
+        be transposed first costs more than is saved.
+        """
+        return self.is_long and not any(self.columns(group).shared for group in self.groups)
+
     def chunks(self, group: HeadGroup) -> range:
         """First columns of the pieces in which a group's logits are made: short ones leave registers for others."""
         return range(0, self.columns(group).total, CHUNK)
