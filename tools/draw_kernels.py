@@ -191,19 +191,13 @@ def products() -> Svg:
     _matrix(svg, 350, 50, 230, h, "logits", f"{rows} keys (sublanes) x {columns.total} columns (lanes)", wide)
     svg.arrow(590, 50 + h / 2, 640, 50 + h / 2)
     svg.lines(650, 50 + h / 2 - 22, ["add the mask,", "softmax down", "each column"], 12)
-    y = 300
-    svg.text(372, 232, "then one product over the keys of both heads, here as its two terms:", color=SOFT)
-    small = 76
-    _matrix(svg, 350, y - 32, 80, small, "Pᵀ of A", "", [(0, 0, 80, small, one, "A")])
-    svg.text(438, y + 10, "·", "middle", 20)
-    _matrix(svg, 448, y - 32, 60, small, "V", "", [(0, 0, 30, small, one, "A"), (30, 0, 30, small, "#ffffff", "0")])
-    svg.text(520, y + 10, "+", "middle", 18)
-    _matrix(svg, 532, y - 32, 80, small, "Pᵀ of B", "", [(0, 0, 80, small, two, "B")])
-    svg.text(620, y + 10, "·", "middle", 20)
-    _matrix(svg, 630, y - 32, 60, small, "V", "", [(0, 0, 30, small, "#ffffff", "0"), (30, 0, 30, small, two, "B")])
-    svg.text(706, y + 10, "=", "middle", 18)
-    _matrix(svg, 722, y - 32, 60, small, "out", "", [(0, 0, 30, small, one, "A"), (30, 0, 30, small, two, "B")])
-    svg.text(350, y + 80, "P stands as [keys, queries], so this product takes it transposed", color=SOFT)
+    svg.text(350, 232, "then for each head Vᵀ · P, of which the lanes of V that are its own are rows:", color=SOFT)
+    y, low, side = 262, 40, 76
+    for x, name, color in ((350, "A", one), (566, "B", two)):
+        _matrix(svg, x, y, side, low, f"Vᵀ of {name}", "", [(0, 0, side, low, color, name)])
+        svg.text(x + side + 10, y + low / 2 + 6, "·", "middle", 20)
+        _matrix(svg, x + side + 20, y, side, side, f"P of {name}", "", [(0, 0, side, side, color, name)])
+    svg.text(350, y + side + 24, "The results, one above the other, divided by the sums, turned once and stored.", color=SOFT)
     return svg
 
 
@@ -217,7 +211,7 @@ def backward() -> Svg:
         "ds": (300, 180, "dS = P · (dP - sum P · dP)", COLORS[2]),
         "dv": (600, 40, "dV = P · dO", COLORS[1]),
         "dk": (600, 130, "dK = dS · Q", COLORS[1]),
-        "dq": (600, 220, "dQ = dSᵀ · K", COLORS[4]),
+        "dq": (600, 220, "dQᵀ = Kᵀ · dS", COLORS[4]),
     }
     for x, y, text, color in boxes.values():
         svg.box(x, y, 190, 44, color, "none", text, 13)
@@ -230,7 +224,7 @@ def backward() -> Svg:
     svg.text(20, 30, "matrix unit, anew", bold=True)
     svg.text(300, 30, "vector unit", bold=True)
     svg.text(600, 24, "matrix unit", bold=True)
-    svg.text(790, 284, "the only product with dS or P transposed", "end", 11, SOFT)
+    svg.text(790, 284, "made transposed, as the output is", "end", 11, SOFT)
     svg.text(20, 284, "all of them [keys, queries]: sums over keys are plain adds of registers", color=SOFT, size=11)
     return svg
 
