@@ -197,7 +197,7 @@ def products() -> Svg:
         _matrix(svg, x, y, side, low, f"Vᵀ of {name}", "", [(0, 0, side, low, color, name)])
         svg.text(x + side + 10, y + low / 2 + 6, "·", "middle", 20)
         _matrix(svg, x + side + 20, y, side, side, f"P of {name}", "", [(0, 0, side, side, color, name)])
-    svg.text(350, y + side + 24, "The results, one above the other, divided by the sums, turned once and stored.", color=SOFT)
+    svg.text(350, y + side + 24, "The results, one above the other, are turned once and stored.", color=SOFT)
     return svg
 
 
