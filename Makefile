@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Where test-interop looks for torch first: builds without CUDA's libraries, a tenth of the size. Else the usual index.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Most tests keep one core busy.
+PARALLEL ?= --numprocesses auto --maxprocesses 4
 
 .PHONY: demo test slow test-interop lint docs clean
 
@@ -11,7 +13,7 @@ demo: $(VENV)/.installed
 	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/clipa-fast demo
 
 test: $(VENV)/.dev
-	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/pytest
+	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/pytest $(PARALLEL)
 
 slow: $(VENV)/.dev
 	JAX_PLATFORMS=$${JAX_PLATFORMS-cpu} $(BIN)/pytest -m slow

@@ -63,7 +63,7 @@ def vmem_bytes(tiling: Tiling, itemsize: int, tensors: int) -> int:
     products = 2 * tiling.tile_rows * width * tiling.products_places(stages) * itemsize
     statistics = 2 * tiling.block_sequences * tiling.heads * 8 * tiling.statistics_lanes * 4 if tiling.is_long else 0
     bias = (tiling.offsets + 2 * tiling.unroll) * tiling.tile_rows * LANES * 4
-    return blocks + statistics + logits + products + bias + 3 * tiling.tile_rows * lanes * 4
+    return blocks + statistics + logits + products + bias + 3 * round_up(tiling.tile_rows, LANES) * lanes * 4
 
 
 def padded_batch(batch: int, length: int) -> int:

@@ -1,8 +1,8 @@
 """The kernels for tiles of more than 128 rows, which hold one long sequence.
 
 Its logits fill more registers than there are, so the vector unit takes them in pieces, as the matrix unit leaves them.
-The forward divides the output, not the weights. It keeps one number for each query: the log2 of its
-sum of exponentials. With it the backward makes a probability from a logit alone. What it needs of all keys, the sum of
+The forward divides the output, not the weights. It keeps one number for each query: the log2 of its sum of
+exponentials. With it the backward makes a probability from a logit alone. What it needs of all keys, the sum of
 probabilities times their gradients, it adds up itself: made from the rounded output, that sum would be wrong by a fifth
 of a gradient where values have much in common.
 """

@@ -231,7 +231,7 @@ class LaneTiles:
                 self.window.store(self.ref, slice(start, stop), self._finished(self.sums.pop(tile)))
 
     def _finished(self, x: jax.Array) -> jax.Array:
-        """[tile rows, lanes] in the dtype of the result."""
+        """The sum as it is stored: [tile rows, lanes] in the dtype of the result."""
         x = (x if self.scale == 1 else x * self.scale).astype(self.ref.dtype)
         # Transposed last: in bfloat16 there is half as much of it.
         return x.T[: self.window.tiling.tile_rows] if self.transposed else x

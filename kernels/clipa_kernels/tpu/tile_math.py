@@ -1,8 +1,8 @@
 """The arithmetic of one tile of attention, as pure functions of arrays in registers.
 
 Logits stand transposed, keys along rows (sublanes) and queries along columns (lanes): sums over keys are then plain
-adds of registers, and only one product of the backward has to be transposed. Heads that are computed together lie
-side by side, each with its queries in `LANES` columns of its own.
+adds of registers, and no product needs them turned. Heads that are computed together lie side by side, each with its
+queries in `LANES` columns of its own.
 
 A head is not cut out of its lane window. Zeros in the lanes of the other heads, on one side of a product, have the
 same effect and cost one AND per register; the products of several heads then add up in the lanes where they belong.
@@ -87,7 +87,8 @@ def sum_over_keys(
 ) -> jax.Array:
     """[keys, columns], [keys, lanes] -> [lanes, rows]: for each query, the sum of rows of `x`, head by head.
 
-    `factors` [1, columns]: what each query's sum is multiplied by. Rows beyond the tile's may hold anything.
+    `factors` [1, columns]: what each query's sum is multiplied by. Of the result's columns, those beyond the tile's rows
+    may hold anything.
     """
     x = x.T
 
@@ -130,9 +131,9 @@ def _span(head: tuple, rows: int) -> slice:
 
 
 def _rows_of_heads(parts: list[jax.Array], heads: Heads, rows: int) -> jax.Array:
-    """[rows, n]: each head's rows of its part, which holds those of its `_span`; zeros where there is no head.
+    """[rows, n]: of each part, which holds the rows of a head's `_span`, those of the head; zeros where no head is.
 
-    Of one head whose place is not known all rows are returned.
+    Each head begins where the one before ends. Of one whose place is not known all rows are returned.
     """
     if not isinstance(heads[0][0], int):
         return parts[0]
