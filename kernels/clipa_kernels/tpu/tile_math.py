@@ -87,8 +87,8 @@ def sum_over_keys(
 ) -> jax.Array:
     """[keys, columns], [keys, lanes] -> [lanes, rows]: for each query, the sum of rows of `x`, head by head.
 
-    `factors` [1, columns]: what each query's sum is multiplied by. Columns of the result beyond the tile's rows may hold
-    anything.
+    `factors` [1, columns]: what each query's sum is multiplied by. Columns of the result beyond the tile's rows may
+    hold anything.
     """
     x = x.T
 
