@@ -27,7 +27,14 @@ def gradients(function):
 
 @pytest.mark.parametrize(
     ("chip", "seq_len", "num_heads", "head_dim"),
-    [("v5e", 50, 12, 64), ("v5p", 37, 16, 80), ("v6e", 17, 16, 88), ("v6e", 101, 16, 104), ("v5p", 346, 12, 64)],
+    [
+        ("v5e", 50, 12, 64),
+        ("v5p", 37, 16, 80),
+        ("v6e", 17, 16, 88),
+        ("v6e", 101, 16, 104),
+        ("v5p", 346, 12, 64),
+        ("v5e", 210, 32, 100),
+    ],
 )
 def test_forward_and_backward_compile_and_fit(chip, seq_len, num_heads, head_dim):
     x = jax.ShapeDtypeStruct((16 * seq_len, num_heads * head_dim), jnp.bfloat16)

@@ -135,7 +135,7 @@ class Window:
         row = lax.broadcasted_iota(jnp.int32, x.shape, 0)
         start, stop = group.heads[0]
         mine = (lane >= start) & (lane < stop) & (row >= self.offset)
-        ref[place] = jnp.where(mine, x.astype(jnp.float32), ref[place].astype(jnp.float32)).astype(ref.dtype)
+        ref[place] = jnp.where(mine, x, ref[place].astype(jnp.float32)).astype(ref.dtype)
 
     def queries_inside(self, item: Item) -> jax.Array:
         """[1, columns] bool: whether the query of a column belongs to the tile's sequence."""
@@ -219,7 +219,7 @@ class LaneTiles:
 
     def add(self, group: HeadGroup, x: jax.Array) -> None:
         if self.looped:
-            self.window.store_head(self.ref, group, self._finished(x))
+            self.window.store_head(self.ref, group, self._rows(x * self.scale))
             return
         for tile in group.lane_tiles:
             start, stop = tile * LANES, min((tile + 1) * LANES, self.width)
@@ -228,10 +228,10 @@ class LaneTiles:
             self.sums[tile] = self.sums[tile] + part if tile in self.sums else part
             self.missing[tile] -= 1
             if not self.missing[tile]:
-                self.window.store(self.ref, slice(start, stop), self._finished(self.sums.pop(tile)))
+                total = self.sums.pop(tile)
+                total = total if self.scale == 1 else total * self.scale
+                # Rounded first: in bfloat16 there is half as much to transpose.
+                self.window.store(self.ref, slice(start, stop), self._rows(total.astype(self.ref.dtype)))
 
-    def _finished(self, x: jax.Array) -> jax.Array:
-        """The sum as it is stored: [tile rows, lanes] in the dtype of the result."""
-        x = (x if self.scale == 1 else x * self.scale).astype(self.ref.dtype)
-        # Transposed last: in bfloat16 there is half as much of it.
+    def _rows(self, x: jax.Array) -> jax.Array:
         return x.T[: self.window.tiling.tile_rows] if self.transposed else x

@@ -90,7 +90,7 @@ def sum_over_keys(
     `factors` [1, columns]: what each query's sum is multiplied by. Columns of the result beyond the tile's rows may
     hold anything.
     """
-    x = x.T
+    x = _turned(x, heads)
 
     def product(span: slice, part: slice) -> jax.Array:
         total = matmul(x[span], weights[:, part])
@@ -114,12 +114,18 @@ def sum_over_queries(weights: jax.Array, x: jax.Array, heads: Heads, columns: Co
 
 def sum_over_queries_transposed(weights: jax.Array, x: jax.Array, heads: Heads, columns: Columns) -> jax.Array:
     """What `sum_over_queries` gives, as [lanes, keys]; no columns may be shared."""
-    x = x.T
+    x = _turned(x, heads)
     parts = []
     for h, head in enumerate(heads):
         own = slice(h * columns.own, h * columns.own + columns.own_rows)
         parts.append(matmul(x[_span(head, x.shape[0])], weights[:, own], transpose_b=True))
     return _rows_of_heads(parts, heads, x.shape[0])
+
+
+def _turned(x: jax.Array, heads: Heads) -> jax.Array:
+    is_looped = not isinstance(heads[0][0], int)
+    # libtpu 0.0.42 fails for v5e where all rows of a bfloat16 transpose are used at once.
+    return x.astype(jnp.float32).T.astype(x.dtype) if is_looped else x.T
 
 
 def _span(head: tuple, rows: int) -> slice:
