@@ -56,12 +56,12 @@ def measure(step: tuple[str, int, int, int], attention: str, chip: str, devices:
     """A row of the table by column, and the profile it comes from."""
     preset, image_size, text_length, pairs = step
     model, stage = train_step_stage(preset, image_size, text_length, pairs * devices)
-    program = train_step_program(model, stage, attention, devices)
+    program = train_step_program(model, stage, attention, chip=chip, devices=devices)
     profile = compile_for_tpu(
         program.function,
         *program.arguments,
         chip=chip,
-        devices=devices,
+        mesh=program.mesh,
         in_specs=program.in_specs,
         donate_argnums=program.donate_argnums,
     )

@@ -88,7 +88,7 @@ def profile_command(
     elif function == "train-step":
         pairs = _PAIRS_PER_DEVICE * devices if batch is None else batch
         model, stage = train_step_stage(preset, image_size, text_length, pairs, dtype)
-        program = train_step_program(model, stage, implementation, devices)
+        program = train_step_program(model, stage, implementation, chip=chip, devices=devices)
     elif function in ("attention", "block"):
         if devices != 1:
             raise UserError(f"devices: got {devices}, accepted for {function} is 1")
@@ -105,6 +105,7 @@ def profile_command(
             *program.arguments,
             chip=chip,
             devices=devices,
+            mesh=program.mesh,
             in_specs=program.in_specs,
             donate_argnums=program.donate_argnums,
         )

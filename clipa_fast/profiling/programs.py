@@ -9,11 +9,13 @@ from typing import Any
 import clipa_kernels
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from clipa_fast.config import ModelConfig, OptimizerConfig, StageConfig
 from clipa_fast.errors import UserError
+from clipa_fast.mesh import BATCH
 from clipa_fast.model.presets import grid_size, towers
+from clipa_fast.profiling.compile import tpu_mesh
 from clipa_fast.train_step import init_params, init_state, make_train_step
 
 IMPLEMENTATIONS = ("tpu", "xla", "jax", "none")
@@ -21,12 +23,13 @@ IMPLEMENTATIONS = ("tpu", "xla", "jax", "none")
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function and the shapes to compile it for; ``in_specs`` over an axis ``"data"`` where it runs on a mesh."""
+    """A function and the shapes to compile it for; ``in_specs`` over ``mesh``, or an axis ``"data"`` if it is None."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     in_specs: Any = None
     donate_argnums: tuple[int, ...] = ()
+    mesh: Mesh | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,20 +171,24 @@ def train_step_stage(
     return model, stage
 
 
-def train_step_program(model: ModelConfig, stage: StageConfig, attention: str, devices: int = 1) -> Program:
-    """One step of the trainer: both towers, loss, gradients, AdamW; the batch split over ``"data"``, the state not.
+def train_step_program(
+    model: ModelConfig, stage: StageConfig, attention: str, *, chip: str = "v5e", devices: int = 1
+) -> Program:
+    """One step of the trainer: both towers, loss, gradients, AdamW; the batch split over all devices, the state not.
 
     Args:
       model: the towers.
       stage: sizes of pictures, captions and batch, and the optimizer.
       attention: ``"tpu"`` or ``"xla"`` of ``clipa_kernels.flat_attention``.
-      devices: what the batch has to be a multiple of.
+      chip: what ``compile_for_tpu`` takes.
+      devices: of that chip; what the batch has to be a multiple of.
     """
     if attention not in ("tpu", "xla"):
         raise UserError(f"implementation: got {attention!r}, accepted for train-step are tpu, xla")
     if stage.batch_size % devices:
         raise UserError(f"batch: got {stage.batch_size}, accepted is a multiple of devices ({devices})")
-    step = make_train_step(model, stage, seed=0)
+    mesh = tpu_mesh(chip, {"data": devices, "fsdp": 1})
+    step = make_train_step(model, stage, seed=0, mesh=mesh)
 
     def train_step(state, image, text):
         with clipa_kernels.default_implementation(flat_attention=attention):
@@ -192,5 +199,5 @@ def train_step_program(model: ModelConfig, stage: StageConfig, attention: str, d
 
     image = jax.ShapeDtypeStruct((stage.batch_size, stage.image_size, stage.image_size, 3), jnp.uint8)
     text = jax.ShapeDtypeStruct((stage.batch_size, stage.text_length), jnp.int32)
-    data = PartitionSpec("data")
-    return Program(train_step, (jax.eval_shape(state), image, text), (PartitionSpec(), data, data), donate_argnums=(0,))
+    arguments = (jax.eval_shape(state), image, text)
+    return Program(train_step, arguments, (PartitionSpec(), BATCH, BATCH), donate_argnums=(0,), mesh=mesh)

@@ -26,7 +26,7 @@ def compiled(attention):
     return compile_for_tpu(
         program.function,
         *program.arguments,
-        devices=2,
+        mesh=program.mesh,
         in_specs=program.in_specs,
         donate_argnums=program.donate_argnums,
     )
@@ -36,7 +36,7 @@ def compiled(attention):
 @pytest.mark.slow
 def test_kernels_run_in_every_block_and_no_activation_is_copied_around_them():
     profile = compiled("tpu")
-    kernels = profile.select("pallas")
+    kernels = [op for op in profile.select("pallas") if "contrastive" not in op.name]
     assert set(kernels) <= set(profile.within("attention"))
     # Once forward, once more for the backward, and the backward itself; the two towers in loops of their own.
     assert sorted(op.count for op in kernels) == sorted(3 * list(DEPTH.values()))
@@ -51,7 +51,10 @@ def test_kernels_run_in_every_block_and_no_activation_is_copied_around_them():
 @pytest.mark.slow
 def test_attention_of_xla_has_no_kernels():
     profile = compiled("xla")
-    assert not profile.select("pallas")
+    assert {op.name.split(".")[0] for op in profile.select("pallas")} == {
+        "contrastive_statistics",
+        "contrastive_gradient",
+    }
     assert profile.within("attention")
 
 
