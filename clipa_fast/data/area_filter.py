@@ -63,6 +63,6 @@ def area_points(height: int, width: int, size: int) -> tuple[int, int]:
 @functools.cache
 def _opencv() -> ModuleType:
     cv2 = importlib.import_module("cv2")
-    # Worker processes, or threads, are the parallelism.
+    # For the whole process: workers are the parallelism already.
     cv2.setNumThreads(0)
     return cv2

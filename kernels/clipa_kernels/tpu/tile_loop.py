@@ -183,7 +183,7 @@ class Window:
         return jnp.where(self.queries_inside(item), jnp.concatenate(tiles, axis=1), tm.UNSEEN)
 
     def store(self, ref, lanes: slice, x: jax.Array) -> None:
-        """Store [tile rows, lanes] without touching the rows before the tile's first sequence.
+        """Store [tile rows, lanes] of the ref's dtype without touching the rows before the tile's first sequence.
 
         Rows after its last sequence get zeros, or whatever `x` holds there; the next tile overwrites them.
         """
