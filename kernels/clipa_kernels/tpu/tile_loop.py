@@ -219,7 +219,7 @@ class LaneTiles:
 
     def add(self, group: HeadGroup, x: jax.Array) -> None:
         if self.looped:
-            self.window.store_head(self.ref, group, self._rows(x * self.scale))
+            self.window.store_head(self.ref, group, self._rows(x, x.dtype))
             return
         for tile in group.lane_tiles:
             start, stop = tile * LANES, min((tile + 1) * LANES, self.width)
@@ -228,10 +228,10 @@ class LaneTiles:
             self.sums[tile] = self.sums[tile] + part if tile in self.sums else part
             self.missing[tile] -= 1
             if not self.missing[tile]:
-                total = self.sums.pop(tile)
-                total = total if self.scale == 1 else total * self.scale
-                # Rounded first: in bfloat16 there is half as much to transpose.
-                self.window.store(self.ref, slice(start, stop), self._rows(total.astype(self.ref.dtype)))
+                self.window.store(self.ref, slice(start, stop), self._rows(self.sums.pop(tile), self.ref.dtype))
 
-    def _rows(self, x: jax.Array) -> jax.Array:
+    def _rows(self, x: jax.Array, dtype) -> jax.Array:
+        """[tile rows, lanes]: a complete sum, scaled, in `dtype`."""
+        x = (x if self.scale == 1 else x * self.scale).astype(dtype)
+        # Rounded first: in bfloat16 there is half as much to transpose.
         return x.T[: self.window.tiling.tile_rows] if self.transposed else x
