@@ -1,6 +1,7 @@
 """Fixtures for the whole suite, and what must be in the environment before jax starts."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,12 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip(f"no real data: {folder / 'data'} is absent")
     return folder
+
+
+@pytest.fixture
+def without_opencv(monkeypatch):
+    """As if OpenCV were not installed."""
+    from clipa_fast.data import area_filter  # not above: what is set there comes first
+
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    monkeypatch.setattr(area_filter, "_opencv", area_filter._opencv.__wrapped__)

@@ -21,7 +21,6 @@ from clipa_fast import cpu_settings
 from clipa_fast.checkpoint import Checkpoints
 from clipa_fast.cli import main
 from clipa_fast.config import load_config
-from clipa_fast.data import area_filter
 from clipa_fast.metrics import read_metrics
 from clipa_fast.recipes import RECIPES
 from clipa_fast.trainer import load_params
@@ -164,9 +163,8 @@ def test_wrong_input_is_one_line_and_code_2(workplace, capsys, arguments, messag
     assert sorted(workplace.rglob("*")) == before
 
 
-def test_area_without_opencv_is_refused_before_shards_are_read(workplace, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    monkeypatch.setattr(area_filter, "_opencv", area_filter._opencv.__wrapped__)
+@pytest.mark.usefixtures("without_opencv")
+def test_area_without_opencv_is_refused_before_shards_are_read(workplace, capsys):
     arguments = [argument.format(here=workplace) for argument in TRAIN]
     options = ["--data.crop-filter", "area", "--data.train", workplace / "absent.tar"]
     assert_refused(capsys, [*arguments, *options], "data.crop_filter: area needs OpenCV", "pip install")

@@ -1,14 +1,11 @@
 """Means over areas: against their definition in float64, beside Pillow's filters, and without OpenCV."""
 
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clipa_fast.data import area_filter
 from clipa_fast.data.area_filter import area_points, area_resize, check_opencv
 from clipa_fast.data.shards import ShardSource
 from clipa_fast.data.transforms import resize, resize_part
@@ -140,14 +137,6 @@ def test_opencv_starts_no_threads():
 def test_truncation_is_the_others():
     with pytest.raises(UserError, match="truncate: got True with filter area"):
         resize(np.zeros((9, 9), np.uint8), 4, filter="area", truncate=True)
-
-
-@pytest.fixture
-def without_opencv(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    area_filter._opencv.cache_clear()
-    yield
-    area_filter._opencv.cache_clear()
 
 
 @pytest.mark.usefixtures("without_opencv")

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipa_fast.data import area_filter
 from clipa_fast.data.loader import Loader, evaluation_batches
 from clipa_fast.data.order import Order
 from clipa_fast.data.shards import ShardSource
@@ -266,9 +265,8 @@ def test_wrong_arguments(options, message):
         loader(Array(20), **options)
 
 
-def test_area_without_opencv_is_refused_before_any_step(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    monkeypatch.setattr(area_filter, "_opencv", area_filter._opencv.__wrapped__)
+@pytest.mark.usefixtures("without_opencv")
+def test_area_without_opencv_is_refused_before_any_step():
     with pytest.raises(UserError, match="crop_filter: area needs OpenCV"):
         loader(Array(20), crop_filter="area")
 
