@@ -30,6 +30,10 @@ LONG = [
     Settings(12, 6, (1, 4), 1),
     Settings(6, 3, (1, 3), 1),
     Settings(6, 2, (1, 5), 1),
+    Settings(2, 4, (3, 6), 1),
+    Settings(2, 4, (1, 3), 1, 4, 3000),
+    Settings(6, 6, (1, 4), 1, 4, 3000),
+    Settings(12, 6, (1, 3), 2, 4, 3000),
 ]
 
 
@@ -82,7 +86,7 @@ def best(chip: str, dtype: str, length: int, head_dim: int) -> Settings | None:
 def write(table: dict) -> None:
     path = Path(block_table.__file__)
     head = path.read_text().split("TABLE:")[0]
-    kind = "dict[tuple[str, str, int, int], tuple[int, int, tuple[int, int], int]]"
+    kind = "dict[tuple[str, str, int, int], tuple[int, int, tuple[int, int], int, int, int]]"
     rows = [
         f'    ("{chip}", "{dtype}", {length}, {head_dim}): {tuple(table[chip, dtype, length, head_dim])},'
         for chip, dtype, length, head_dim in sorted(table)

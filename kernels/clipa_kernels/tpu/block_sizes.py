@@ -21,20 +21,24 @@ from clipa_kernels.tpu.tiling import (
 
 # Registers of logits: the size of the program and its compile time grow with them.
 MAX_REGISTERS = 1200  # for the heads of a block; more are looped over
-MAX_UNROLLED = 1500  # in one loop body of several tiles
+MAX_ROWS = 4096  # of a block, unless `Settings.passes` needs more, or the smallest block has more
 
 
 class Settings(NamedTuple):
     """What the sizes of a call are chosen by.
 
     heads: heads side by side in a block, at least. items: head groups in a loop body; more of them hide more latency
-    and take longer to compile. lags, spread: see `Tiling`.
+    and take longer to compile. lags, spread: see `Tiling`. passes: of the loop in a block, at least; before and after
+    them some stages run alone, which is much of the time where long tiles have few passes. registers: of logits in a
+    loop body of several tiles, at most.
     """
 
     heads: int
     items: int
     lags: tuple[int, int]
     spread: int
+    passes: int = 1
+    registers: int = 1500
 
 
 # What holds up to some length for whatever the table does not list.
@@ -91,7 +95,8 @@ def choose_tiling(
 
     `settings`: those of the table unless given.
     """
-    heads_wanted, items, lags, spread = settings or settings_for(chip.name, itemsize, length, head_dim)
+    settings = settings or settings_for(chip.name, itemsize, length, head_dim)
+    heads_wanted, items, lags, spread, passes, most_registers = settings
     smallest = _smallest_block(length)
     width = num_heads * head_dim
     best = None
@@ -103,17 +108,19 @@ def choose_tiling(
             if lanes % LANES or lanes < looped_group(head_dim).width:
                 continue
             groups, looped = (looped_group(head_dim),), lanes // head_dim
+        enough = False
         for sequences in range(smallest, batch + 1, smallest):
-            if batch % sequences or (sequences * length > 4096 and sequences > smallest):
+            if batch % sequences or (sequences * length > MAX_ROWS and enough):
                 continue
             together, rows = tile_of(length, sequences)
             tiles = -(-sequences // together)
             registers = sum(_logits_registers(length, group) for group in groups)
-            unroll = max(1, min(tiles, round(items / len(groups)), MAX_UNROLLED // registers))
+            unroll = max(1, min(tiles, round(items / len(groups)), most_registers // registers))
             tiling = Tiling(length, together, rows, sequences, lanes, groups, unroll, lags, looped, spread)
             if rows > tiling.block_rows or vmem_bytes(tiling, itemsize, tensors) > chip.vmem_bytes:
                 continue
-            wasted = round_up(tiles, unroll) * together / sequences
+            enough |= tiling.passes >= passes
+            wasted = round_up(tiles, unroll) * together / sequences * (1 if tiling.passes >= passes else 2)
             steps = (batch // sequences) * (width // lanes)
             few_items = 1 + 0.5 / (unroll * len(groups))
             cost = wasted * few_items * (1 + 1 / steps) * (1 + 64 / tiling.block_rows) * (1.2 if looped else 1)
