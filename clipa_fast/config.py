@@ -147,6 +147,9 @@ class StageConfig:
     """How captions longer than text_length lose tokens in training."""
     min_crop_area: float = 0.4
     """Smallest share of the picture that a random crop keeps; 1: no crop."""
+    min_zoom: float = 1.0
+    """Smallest share of the side that a crop fills, its edges repeated around it, so that things are seen smaller than
+    they are too; 1: all of it."""
     jitter: bool = False
     """Colour jitter and random grey, as in the papers' H and bigG runs."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -180,7 +180,7 @@ def diagnose(rows: list[dict[str, Any]], tokens: np.ndarray, unreadable: int = 0
 
 
 def _overfit_run(config: RunConfig, data: DataConfig, batch: int, steps: int, full_model: bool) -> RunConfig:
-    """The config's first stage without crops, masks and jitter, on one batch again and again."""
+    """The config's first stage without crops, zoom, masks and jitter, on one batch again and again."""
     model = config.model
     if not full_model:
         model = dataclasses.replace(model, vision=_TOWER, text=_TOWER, embed_dim=_TOWER.width)
@@ -194,6 +194,7 @@ def _overfit_run(config: RunConfig, data: DataConfig, batch: int, steps: int, fu
         mask_ratio=0.0,
         text_reduction="truncate",
         min_crop_area=1.0,
+        min_zoom=1.0,
         jitter=False,
         optimizer=OptimizerConfig(weight_decay=0.0),
     )

@@ -45,6 +45,8 @@ def check_run(config: RunConfig, num_samples: int) -> None:
             )
         if not 0.0 < stage.min_crop_area <= 1.0:
             raise UserError(f"{where}.min_crop_area: must be in (0, 1], got {stage.min_crop_area}")
+        if not 0.0 < stage.min_zoom <= 1.0:
+            raise UserError(f"{where}.min_zoom: must be in (0, 1], got {stage.min_zoom}")
         if not stage.base_learning_rate > 0.0:
             raise UserError(f"{where}.base_learning_rate: must be positive, got {stage.base_learning_rate}")
         _check_optimizer(f"{where}.optimizer", stage.optimizer)

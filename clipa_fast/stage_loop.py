@@ -140,6 +140,7 @@ def _loader(training: Training, position: Position) -> Loader:
         text_reduction=stage.text_reduction,
         crop_area=(stage.min_crop_area, 1.0),
         crop_filter=config.data.crop_filter,
+        min_zoom=stage.min_zoom,
         jitter=stage.jitter,
         seed=config.seed + 1000 * position.stage,
         start_step=position.stage_step,

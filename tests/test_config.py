@@ -155,6 +155,8 @@ def with_optimizer(**changes):
         (with_stage(warmup_steps=-1), "stages.0.warmup_steps"),
         (with_stage(warmup_steps=11), "stages.0.warmup_steps"),
         (with_stage(min_crop_area=0.0), "stages.0.min_crop_area"),
+        (with_stage(min_zoom=0.0), "stages.0.min_zoom"),
+        (with_stage(min_zoom=float("nan")), "stages.0.min_zoom"),
         (with_stage(base_learning_rate=0.0), "stages.0.base_learning_rate"),
         (with_stage(base_learning_rate=float("nan")), "stages.0.base_learning_rate"),
         (with_stage(image_size=65), "stages.0.image_size"),

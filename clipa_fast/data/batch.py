@@ -15,12 +15,14 @@ from clipa_fast.data.source import ArraySource, EncodedSource, Source, Unreadabl
 from clipa_fast.data.transforms import (
     CROP_UNIFORMS,
     JITTER_UNIFORMS,
+    ZOOM_UNIFORMS,
     Filter,
     check_crop,
     check_crop_filter,
     color_jitter_gray,
     crop_boxes,
     resize,
+    zoom_out,
 )
 from clipa_fast.errors import UserError
 
@@ -103,6 +105,7 @@ class BatchMaker:
         crop_area: tuple[float, float],
         crop_aspect: tuple[float, float],
         crop_filter: Filter,
+        min_zoom: float,
         jitter: bool,
         seed: int,
         cache_mb: int,
@@ -113,6 +116,8 @@ class BatchMaker:
     ):
         check_crop(crop_area, crop_aspect)
         check_crop_filter("crop_filter", crop_filter)
+        if not 0 < min_zoom <= 1:
+            raise UserError(f"min_zoom: got {min_zoom}; accepted: above 0, up to 1")
         check_at_least("image_size", image_size, 1)
         check_at_least("text_length", text_length, 1)
         check_at_least("cache_mb", cache_mb, 0)
@@ -125,7 +130,7 @@ class BatchMaker:
         self._source, self._tokenizer = source, tokenizer
         self.image_size, self.text_length, self._text_reduction = image_size, text_length, text_reduction
         self._crop_area, self._crop_aspect, self._crop_filter = crop_area, crop_aspect, crop_filter
-        self._jitter = jitter
+        self._min_zoom, self._jitter = min_zoom, jitter
         self._images = source.images if isinstance(source, ArraySource) else None
         self.in_memory = self._encoded is None or self._encoded.encoded_bytes() * _COMPRESSION <= cache_mb << 20
         self._cache = _PictureCache(source, cache_mb << 20)
@@ -147,6 +152,9 @@ class BatchMaker:
             captions = [self._source.captions(sample) for sample in index.tolist()]
         else:
             captions = self._from_pictures(index, crop, batch.image, tally)
+        if self._min_zoom < 1:
+            zoom = self._uniforms(Stream.ZOOM, step, part, ZOOM_UNIFORMS)
+            batch.image[:] = zoom_out(batch.image, zoom, self._min_zoom)
         if self._jitter:
             jitter = self._uniforms(Stream.JITTER, step, part, JITTER_UNIFORMS)
             batch.image[:] = color_jitter_gray(batch.image, jitter)

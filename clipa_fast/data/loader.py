@@ -42,8 +42,9 @@ class Loader:
       crop_area: smallest and largest share of the picture that a random crop keeps; (1, 1) keeps all of it.
       crop_aspect: smallest and largest width / height of the crop.
       crop_filter: how crops are resized, see `resize`.
+      min_zoom: smallest share of the side that a crop fills (`zoom_out`); 1: all of it.
       jitter: colour jitter and random grey (`color_jitter_gray`).
-      seed: of order, crops, jitter, choice among a sample's captions, and text reduction.
+      seed: of order, crops, zoom, jitter, choice among a sample's captions, and text reduction.
       start_step: first step delivered.
       num_steps: the step before which delivery ends, so that `start_step` of them are already done.
       workers: processes or threads; 0 prepares each batch when it is asked for.
@@ -77,6 +78,7 @@ class Loader:
         crop_area: tuple[float, float] = (0.4, 1.0),
         crop_aspect: tuple[float, float] = (0.75, 1.33),
         crop_filter: Filter = "bilinear",
+        min_zoom: float = 1.0,
         jitter: bool = False,
         seed: int = 0,
         start_step: int = 0,
@@ -101,6 +103,7 @@ class Loader:
             crop_area=crop_area,
             crop_aspect=crop_aspect,
             crop_filter=crop_filter,
+            min_zoom=min_zoom,
             jitter=jitter,
             seed=seed,
             cache_mb=cache_mb,

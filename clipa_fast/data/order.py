@@ -29,6 +29,7 @@ class Stream(enum.IntEnum):
     TEXT = 2
     CROP = 3
     JITTER = 4
+    ZOOM = 5
 
 
 class Order:

@@ -1,4 +1,4 @@
-"""Crop, resize and colour jitter of pictures, on the CPU, in uint8.
+"""Crop, resize, zooming out and colour jitter of pictures, on the CPU, in uint8.
 
 Every random choice is made from uniform numbers that the caller drew, a fixed number per picture, so that a picture's
 fate does not depend on the others of its batch.
@@ -23,6 +23,8 @@ _PILLOW_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resam
 _ASPECT_TRIES = 8
 CROP_UNIFORMS = _ASPECT_TRIES + 3
 """Uniform numbers that `crop_boxes` takes per picture."""
+ZOOM_UNIFORMS = 3
+"""Uniform numbers that `zoom_out` takes per picture."""
 JITTER_UNIFORMS = 10
 """Uniform numbers that `color_jitter_gray` takes per picture."""
 # Rows jittered at once: their float32 copies should stay in the CPU's cache.
@@ -185,6 +187,31 @@ def check_crop(area: tuple[float, float], aspect: tuple[float, float]) -> None:
         raise UserError(f"crop_area: got {area}; accepted: smallest and largest share, 0 < smallest <= largest <= 1")
     if not 0 < aspect[0] <= aspect[1]:
         raise UserError(f"crop_aspect: got {aspect}; accepted: smallest and largest width / height, above 0")
+
+
+def zoom_out(images: np.ndarray, uniforms: np.ndarray, least: float) -> np.ndarray:
+    """Pictures shrunk to a random part of their square; the pixels of their edges are repeated to fill the rest.
+
+    A random crop shows things at least as large as they are. This is the way to show them smaller as well.
+
+    Args:
+      images: uint8 [B, S, S, 3].
+      uniforms: float [B, ZOOM_UNIFORMS] in [0, 1).
+      least: smallest share of the side that is left of a picture, in (0, 1]. The share is uniform from there to 1, but
+        for rounding to whole pixels, the place uniform.
+
+    Returns:
+      uint8 [B, S, S, 3].
+    """
+    size = images.shape[1]
+    sides = np.rint(size * (least + (1 - least) * uniforms[:, 0])).astype(int).clip(1, size)
+    before = np.floor(uniforms[:, 1:] * (size - sides + 1)[:, None]).astype(int)
+    out = images.copy()
+    for row in np.flatnonzero(sides < size):
+        side, (top, left) = int(sides[row]), before[row].tolist()
+        edges = (top, size - side - top), (left, size - side - left), (0, 0)
+        out[row] = np.pad(resize(images[row], side), edges, mode="edge")
+    return out
 
 
 def color_jitter_gray(images: np.ndarray, uniforms: np.ndarray, strength: float = 0.4) -> np.ndarray:

@@ -257,6 +257,8 @@ def test_memory_is_bounded_by_a_few_batches_ahead():
         ({"cache_mb": -1}, "cache_mb: got -1"),
         ({"seed": -1}, "seed: got -1"),
         ({"crop_area": (0.0, 1.0)}, "crop_area: got"),
+        ({"min_zoom": 0.0}, "min_zoom: got"),
+        ({"min_zoom": 1.5}, "min_zoom: got"),
         ({"crop_filter": "nearest"}, "crop_filter: got 'nearest'; accepted: bilinear, bicubic, area"),
     ],
 )

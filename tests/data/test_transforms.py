@@ -1,4 +1,4 @@
-"""Crops and jitter against one-picture-at-a-time references written from their definitions."""
+"""Crops, zooming out and jitter against one-picture-at-a-time references written from their definitions."""
 
 import colorsys
 
@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from clipa_fast.data.transforms import (
     CROP_UNIFORMS,
     JITTER_UNIFORMS,
+    ZOOM_UNIFORMS,
     check_crop,
     color_jitter_gray,
     crop_boxes,
     eval_resize,
     resize,
+    zoom_out,
 )
 from clipa_fast.errors import UserError
 
@@ -176,6 +178,32 @@ def slow_jitter(image, uniforms, strength):
     if uniforms[9] < 0.2:
         pixels = np.repeat((pixels @ [0.2989, 0.587, 0.114])[..., None], 3, axis=-1)
     return pixels * 255
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.floats(0.01, 1.0))
+def test_zooming_out_shrinks_and_repeats_edges(seed, size, least):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (6, size, size, 3), np.uint8)
+    uniforms = rng.random((6, ZOOM_UNIFORMS))
+    for image, drawn, found in zip(images, uniforms, zoom_out(images, uniforms, least), strict=True):
+        side = max(1, round(size * (least + (1 - least) * drawn[0])))
+        small = resize(image, side)
+        top, left = (int(u * (size - side + 1)) for u in drawn[1:])
+        rows, columns = (np.clip(np.arange(size) - start, 0, side - 1) for start in (top, left))
+        np.testing.assert_array_equal(found, small[rows][:, columns])
+
+
+def test_zooming_out_leaves_its_input_alone_and_depends_on_its_own_row():
+    rng = np.random.default_rng(1)
+    images, uniforms = rng.integers(0, 256, (40, 9, 9, 3), np.uint8), rng.random((40, ZOOM_UNIFORMS))
+    before = images.copy()
+    together = zoom_out(images, uniforms, 0.5)
+    np.testing.assert_array_equal(images, before)
+    assert (together != images).any((1, 2, 3)).sum() > 30
+    some = np.array([0, 5, 39])
+    np.testing.assert_array_equal(zoom_out(images[some], uniforms[some], 0.5), together[some])
+    np.testing.assert_array_equal(zoom_out(images, uniforms, 1.0), images)
+    assert zoom_out(images[:0], uniforms[:0], 0.5).shape == (0, 9, 9, 3)
 
 
 @settings(deadline=None, max_examples=15)

@@ -21,7 +21,8 @@ from . import tars
 
 # Workers unpickle the tokenizer, so it must be one that they can import.
 TOKENIZER = WordPieceTokenizer.train([f"caption {number}" for number in range(48)], 64)
-OPTIONS = {"batch_size": 24, "image_size": 24, "text_length": 4, "tokenizer": TOKENIZER, "seed": 1, "jitter": True}
+OPTIONS = {"batch_size": 24, "image_size": 24, "text_length": 4, "tokenizer": TOKENIZER, "seed": 1}
+OPTIONS |= {"jitter": True, "min_zoom": 0.7}
 
 
 @pytest.fixture(scope="module")
