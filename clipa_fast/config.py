@@ -148,8 +148,8 @@ class StageConfig:
     min_crop_area: float = 0.4
     """Smallest share of the picture that a random crop keeps; 1: no crop."""
     min_zoom: float = 1.0
-    """Smallest share of the side that a crop fills, its edges repeated around it, so that things are seen smaller than
-    they are too; 1: all of it."""
+    """Smallest share of the training picture's side that a crop is shrunk to, its edge pixels repeated around it, so
+    that things are seen smaller than they are too; 1: never shrunk."""
     jitter: bool = False
     """Colour jitter and random grey, as in the papers' H and bigG runs."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

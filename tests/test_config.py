@@ -35,6 +35,7 @@ STAGES = st.builds(
     mask_ratio=FLOATS,
     image_mask=st.sampled_from(["random", "grid", "block"]),
     jitter=st.booleans(),
+    min_zoom=FLOATS,
     optimizer=st.builds(OptimizerConfig, eps=FLOATS, clip_norm=st.none() | FLOATS),
 )
 RUNS = st.builds(

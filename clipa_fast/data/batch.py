@@ -21,8 +21,9 @@ from clipa_fast.data.transforms import (
     check_crop_filter,
     color_jitter_gray,
     crop_boxes,
+    put_in_square,
     resize,
-    zoom_out,
+    zoom_places,
 )
 from clipa_fast.errors import UserError
 
@@ -146,15 +147,14 @@ class BatchMaker:
         part = slice(self.rows.start + part.start, self.rows.start + part.stop)
         index, tally = self.order.indices(step, part), Tally()
         crop = self._uniforms(Stream.CROP, step, part, CROP_UNIFORMS)
+        zoom = self._uniforms(Stream.ZOOM, step, part, ZOOM_UNIFORMS)
+        places = zoom_places(self.image_size, zoom, self._min_zoom).tolist()
         choice = self._uniforms(Stream.CAPTION, step, part, 1)[:, 0].tolist()
         if self._images is not None:
-            self._from_array(self._images, index, crop, batch.image)
+            self._from_array(self._images, index, crop, places, batch.image)
             captions = [self._source.captions(sample) for sample in index.tolist()]
         else:
-            captions = self._from_pictures(index, crop, batch.image, tally)
-        if self._min_zoom < 1:
-            zoom = self._uniforms(Stream.ZOOM, step, part, ZOOM_UNIFORMS)
-            batch.image[:] = zoom_out(batch.image, zoom, self._min_zoom)
+            captions = self._from_pictures(index, crop, places, batch.image, tally)
         if self._jitter:
             jitter = self._uniforms(Stream.JITTER, step, part, JITTER_UNIFORMS)
             batch.image[:] = color_jitter_gray(batch.image, jitter)
@@ -169,14 +169,16 @@ class BatchMaker:
         shape = (part.stop - part.start, count)
         return generator(self.order.seed, stream, step, part.start * count).random(shape)
 
-    def _from_array(self, images: np.ndarray, index: np.ndarray, uniforms: np.ndarray, out: np.ndarray) -> None:
+    def _from_array(
+        self, images: np.ndarray, index: np.ndarray, uniforms: np.ndarray, places: list[list[int]], out: np.ndarray
+    ) -> None:
         boxes = crop_boxes(*images.shape[1:3], uniforms, self._crop_area, self._crop_aspect).tolist()
         for row, (sample, box) in enumerate(zip(index.tolist(), boxes, strict=True)):
-            picture = resize(images[sample], self.image_size, box=box, filter=self._crop_filter)
-            out[row] = picture if picture.ndim == 3 else picture[:, :, None]
+            side, *corner = places[row]
+            put_in_square(resize(images[sample], side, box=box, filter=self._crop_filter), *corner, out[row])
 
     def _from_pictures(
-        self, index: np.ndarray, uniforms: np.ndarray, out: np.ndarray, tally: Tally
+        self, index: np.ndarray, uniforms: np.ndarray, places: list[list[int]], out: np.ndarray, tally: Tally
     ) -> list[tuple[str, ...]]:
         """Fills `out`, replaces samples in `index` that cannot be used, and returns the captions."""
         captions: list[tuple[str, ...]] = []
@@ -186,9 +188,10 @@ class BatchMaker:
             drawn = uniforms[start : start + len(opened)]
             boxes = crop_boxes(heights, widths, drawn, self._crop_area, self._crop_aspect).tolist()
             for row, (sample, box) in enumerate(zip(opened, boxes, strict=True), start):
+                side, *corner = places[row]
                 while True:
                     try:
-                        out[row] = sample.picture.crop(box, self.image_size, self._crop_filter)
+                        put_in_square(sample.picture.crop(box, side, self._crop_filter), *corner, out[row])
                         break
                     except DecodeError as error:
                         # The header was fine, what follows is not: the next sample, cropped by its own size.

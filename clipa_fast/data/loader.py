@@ -42,7 +42,7 @@ class Loader:
       crop_area: smallest and largest share of the picture that a random crop keeps; (1, 1) keeps all of it.
       crop_aspect: smallest and largest width / height of the crop.
       crop_filter: how crops are resized, see `resize`.
-      min_zoom: smallest share of the side that a crop fills (`zoom_out`); 1: all of it.
+      min_zoom: smallest share of the square's side that a crop fills (`zoom_places`); 1: all of it.
       jitter: colour jitter and random grey (`color_jitter_gray`).
       seed: of order, crops, zoom, jitter, choice among a sample's captions, and text reduction.
       start_step: first step delivered.

@@ -24,7 +24,7 @@ _ASPECT_TRIES = 8
 CROP_UNIFORMS = _ASPECT_TRIES + 3
 """Uniform numbers that `crop_boxes` takes per picture."""
 ZOOM_UNIFORMS = 3
-"""Uniform numbers that `zoom_out` takes per picture."""
+"""Uniform numbers that `zoom_places` takes per picture."""
 JITTER_UNIFORMS = 10
 """Uniform numbers that `color_jitter_gray` takes per picture."""
 # Rows jittered at once: their float32 copies should stay in the CPU's cache.
@@ -189,29 +189,40 @@ def check_crop(area: tuple[float, float], aspect: tuple[float, float]) -> None:
         raise UserError(f"crop_aspect: got {aspect}; accepted: smallest and largest width / height, above 0")
 
 
-def zoom_out(images: np.ndarray, uniforms: np.ndarray, least: float) -> np.ndarray:
-    """Pictures shrunk to a random part of their square; the pixels of their edges are repeated to fill the rest.
+def zoom_places(size: int, uniforms: np.ndarray, least: float) -> np.ndarray:
+    """Where pictures shrunk at random lie in their square.
 
-    A random crop shows things at least as large as they are. This is the way to show them smaller as well.
+    A random crop shows things at least as large as they are, but for the change of aspect. This is the way to show them
+    smaller as well.
 
     Args:
-      images: uint8 [B, S, S, 3].
+      size: side S of the square in pixels.
       uniforms: float [B, ZOOM_UNIFORMS] in [0, 1).
-      least: smallest share of the side that is left of a picture, in (0, 1]. The share is uniform from there to 1, but
-        for rounding to whole pixels, the place uniform.
+      least: smallest share of the square's side that a picture takes, in (0, 1]. The share is uniform from there to 1,
+        but for rounding to whole pixels, the place uniform.
 
     Returns:
-      uint8 [B, S, S, 3].
+      int64 [B, 3]: side, top, left.
     """
-    size = images.shape[1]
-    sides = np.rint(size * (least + (1 - least) * uniforms[:, 0])).astype(int).clip(1, size)
-    before = np.floor(uniforms[:, 1:] * (size - sides + 1)[:, None]).astype(int)
-    out = images.copy()
-    for row in np.flatnonzero(sides < size):
-        side, (top, left) = int(sides[row]), before[row].tolist()
-        edges = (top, size - side - top), (left, size - side - left), (0, 0)
-        out[row] = np.pad(resize(images[row], side), edges, mode="edge")
-    return out
+    sides = np.rint(size * (least + (1 - least) * uniforms[:, 0])).clip(1, size)
+    before = np.floor(uniforms[:, 1:] * (size - sides + 1)[:, None])
+    return np.concatenate([sides[:, None], before], axis=1).astype(np.int64)
+
+
+def put_in_square(picture: np.ndarray, top: int, left: int, out: np.ndarray) -> None:
+    """Writes a picture into a larger square, and repeats the pixels of its edges around it.
+
+    Args:
+      picture: uint8 [s, s] or [s, s, 3], at most as large as the square.
+      top, left: pixels of the square before it.
+      out: uint8 [S, S, 3], where all of it is written.
+    """
+    bottom, right = top + picture.shape[0], left + picture.shape[1]
+    picture = picture if picture.ndim == 3 else picture[:, :, None]
+    rows = out[top:bottom]
+    rows[:, left:right] = picture
+    rows[:, :left], rows[:, right:] = picture[:, :1], picture[:, -1:]
+    out[:top], out[bottom:] = rows[0], rows[-1]
 
 
 def color_jitter_gray(images: np.ndarray, uniforms: np.ndarray, strength: float = 0.4) -> np.ndarray:

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipa_fast.data.loader import Loader, evaluation_batches
-from clipa_fast.data.order import Order
+from clipa_fast.data.order import Order, Stream, generator
 from clipa_fast.data.shards import ShardSource
 from clipa_fast.data.source import UnreadablePicture
-from clipa_fast.data.transforms import resize
+from clipa_fast.data.transforms import ZOOM_UNIFORMS, put_in_square, resize, zoom_places
 from clipa_fast.errors import UserError
 from clipa_fast.text.tokenizer import WordPieceTokenizer
 
@@ -150,6 +150,21 @@ def test_without_crop_the_whole_picture_is_seen():
         np.testing.assert_array_equal(image, expected[index])
 
 
+@pytest.mark.parametrize("source", [Array(20), Pictures(20)])
+def test_a_crop_is_shown_smaller(source):
+    options = {"crop_area": (1.0, 1.0), "jitter": False, "num_steps": 3}
+    plain = list(loader(source, **options))
+    for step, batch in enumerate(loader(source, min_zoom=0.5, **options)):
+        uniforms = generator(3, Stream.ZOOM, step, 0).random((len(batch.index), ZOOM_UNIFORMS))
+        wanted = np.empty_like(batch.image)
+        for out, index, (side, *corner) in zip(wanted, batch.index, zoom_places(16, uniforms, 0.5), strict=True):
+            put_in_square(resize(source.picture(index), side), *corner, out)
+        np.testing.assert_array_equal(batch.image, wanted)
+        assert (batch.image != plain[step].image).any()
+        np.testing.assert_array_equal(batch.index, plain[step].index)
+        np.testing.assert_array_equal(batch.text, plain[step].text)
+
+
 def test_a_seed_changes_everything():
     one, other = next(iter(loader(Array(20), seed=1))), next(iter(loader(Array(20), seed=2)))
     assert not np.array_equal(one.index, other.index)
@@ -259,6 +274,7 @@ def test_memory_is_bounded_by_a_few_batches_ahead():
         ({"crop_area": (0.0, 1.0)}, "crop_area: got"),
         ({"min_zoom": 0.0}, "min_zoom: got"),
         ({"min_zoom": 1.5}, "min_zoom: got"),
+        ({"min_zoom": float("nan")}, "min_zoom: got"),
         ({"crop_filter": "nearest"}, "crop_filter: got 'nearest'; accepted: bilinear, bicubic, area"),
     ],
 )

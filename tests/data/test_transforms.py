@@ -15,8 +15,9 @@ from clipa_fast.data.transforms import (
     color_jitter_gray,
     crop_boxes,
     eval_resize,
+    put_in_square,
     resize,
-    zoom_out,
+    zoom_places,
 )
 from clipa_fast.errors import UserError
 
@@ -180,30 +181,41 @@ def slow_jitter(image, uniforms, strength):
     return pixels * 255
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.floats(0.01, 1.0))
-def test_zooming_out_shrinks_and_repeats_edges(seed, size, least):
-    rng = np.random.default_rng(seed)
-    images = rng.integers(0, 256, (6, size, size, 3), np.uint8)
-    uniforms = rng.random((6, ZOOM_UNIFORMS))
-    for image, drawn, found in zip(images, uniforms, zoom_out(images, uniforms, least), strict=True):
-        side = max(1, round(size * (least + (1 - least) * drawn[0])))
-        small = resize(image, side)
-        top, left = (int(u * (size - side + 1)) for u in drawn[1:])
-        rows, columns = (np.clip(np.arange(size) - start, 0, side - 1) for start in (top, left))
-        np.testing.assert_array_equal(found, small[rows][:, columns])
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.floats(0.01, 1.0))
+def test_zoomed_pictures_lie_in_their_square(seed, size, least):
+    uniforms = np.random.default_rng(seed).random((50, ZOOM_UNIFORMS))
+    uniforms[:2] = [[0], [1 - 2**-53]]
+    side, *corner = zoom_places(size, uniforms, least).T
+    assert side[0] == max(1, round(size * least))
+    assert side[1] == size
+    assert (side >= side[0]).all()
+    for before in corner:
+        assert before[0] == 0
+        assert before[1] == 0
+        assert (before >= 0).all()
+        assert (before + side <= size).all()
 
 
-def test_zooming_out_leaves_its_input_alone_and_depends_on_its_own_row():
-    rng = np.random.default_rng(1)
-    images, uniforms = rng.integers(0, 256, (40, 9, 9, 3), np.uint8), rng.random((40, ZOOM_UNIFORMS))
-    before = images.copy()
-    together = zoom_out(images, uniforms, 0.5)
-    np.testing.assert_array_equal(images, before)
-    assert (together != images).any((1, 2, 3)).sum() > 30
-    some = np.array([0, 5, 39])
-    np.testing.assert_array_equal(zoom_out(images[some], uniforms[some], 0.5), together[some])
-    np.testing.assert_array_equal(zoom_out(images, uniforms, 1.0), images)
-    assert zoom_out(images[:0], uniforms[:0], 0.5).shape == (0, 9, 9, 3)
+def test_zoomed_pictures_take_every_side_and_place():
+    uniforms = np.random.default_rng(0).random((20_000, ZOOM_UNIFORMS))
+    side, top, left = zoom_places(12, uniforms, 0.75).T
+    # Half as many shares round to the ends of the range; four standard errors are at most 0.014.
+    for wanted, share in ((9, 1 / 6), (10, 1 / 3), (11, 1 / 3), (12, 1 / 6)):
+        assert abs((side == wanted).mean() - share) < 0.014
+    for before in (top[side == 9], left[side == 9]):
+        counts = np.bincount(before, minlength=4) / len(before)
+        assert np.abs(counts - 0.25).max() < 0.03
+    assert (zoom_places(12, uniforms, 1.0) == (12, 0, 0)).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(0, 5), st.integers(0, 5), st.sampled_from([(), (3,)]))
+def test_edges_are_repeated_around_a_picture(seed, side, top, left, channels):
+    picture, size = random_picture(seed, side, side, *channels), side + max(top, left) + 2
+    out = random_picture(seed + 1, size, size, 3)
+    put_in_square(picture, top, left, out)
+    rows, columns = (np.clip(np.arange(size) - start, 0, side - 1) for start in (top, left))
+    wanted = picture.reshape(side, side, -1)[rows][:, columns]
+    np.testing.assert_array_equal(out, np.broadcast_to(wanted, out.shape))
 
 
 @settings(deadline=None, max_examples=15)
