@@ -1,6 +1,15 @@
 """The arithmetic of tiles: every row and head is covered, and everything fits where it should."""
 
-from clipa_kernels.tpu.block_sizes import choose_tiling, lanes_per_head, padded_batch, vmem_bytes
+import pytest
+from clipa_kernels.tpu.block_sizes import (
+    MAX_ROWS,
+    Settings,
+    choose_tiling,
+    lanes_per_head,
+    padded_batch,
+    vmem_bytes,
+)
+from clipa_kernels.tpu.block_table import TABLE
 from clipa_kernels.tpu.chips import CHIPS
 from clipa_kernels.tpu.tile_mask import tile_bias
 from clipa_kernels.tpu.tiling import BACKWARD_STAGES, FORWARD_STAGES, LANES, columns_of, head_groups
@@ -83,6 +92,19 @@ def check_places(tiling, stages):
                     do(step, now - lag, stage)
                 elif is_rolling and step and now < count and now < lag:
                     do(step - 1, count + now - lag, stage)
+
+
+@pytest.mark.parametrize("call", sorted(TABLE))
+@pytest.mark.parametrize("batch", [8, 16, 40, 64, 136])
+def test_the_table_holds_for_any_batch(call, batch):
+    chip, dtype, length, head_dim = call
+    sizes = padded_batch(batch, length), length, 12, head_dim, {"bfloat16": 2, "float32": 4}[dtype]
+    for tensors, stages in ((4, FORWARD_STAGES), (7, BACKWARD_STAGES)):
+        tiling = choose_tiling(*sizes, tensors, CHIPS[chip])
+        assert vmem_bytes(tiling, sizes[-1], tensors) <= CHIPS[chip].vmem_bytes
+        assert tiling.passes >= Settings(*TABLE[call]).passes
+        assert tiling.block_rows <= max(MAX_ROWS, 16 * length)
+        check_places(tiling, stages)
 
 
 @settings(deadline=None)

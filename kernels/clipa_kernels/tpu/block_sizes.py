@@ -21,16 +21,16 @@ from clipa_kernels.tpu.tiling import (
 
 # Registers of logits: the size of the program and its compile time grow with them.
 MAX_REGISTERS = 1200  # for the heads of a block; more are looped over
-MAX_ROWS = 4096  # of a block, unless `Settings.passes` needs more, or the smallest block has more
+MAX_ROWS = 4096  # of a block; where the smallest has more, twice those of the smallest
 
 
 class Settings(NamedTuple):
     """What the sizes of a call are chosen by.
 
     heads: heads side by side in a block, at least. items: head groups in a loop body; more of them hide more latency
-    and take longer to compile. lags, spread: see `Tiling`. passes: of the loop in a block, at least; before and after
-    them some stages run alone, which is much of the time where long tiles have few passes. registers: of logits in a
-    loop body of several tiles, at most.
+    and take longer to compile. lags, spread: see `Tiling`. passes: of the loop in a block, at least, if the batch
+    allows; before and after them some stages run alone, which is much of the time where long tiles have few passes, and
+    with less than `ROLLING_PASSES` in each pass. loop_registers: of logits in a loop body of several tiles, at most.
     """
 
     heads: int
@@ -38,7 +38,7 @@ class Settings(NamedTuple):
     lags: tuple[int, int]
     spread: int
     passes: int = 1
-    registers: int = 1500
+    loop_registers: int = 1500
 
 
 # What holds up to some length for whatever the table does not list.
@@ -98,6 +98,7 @@ def choose_tiling(
     settings = settings or settings_for(chip.name, itemsize, length, head_dim)
     heads_wanted, items, lags, spread, passes, most_registers = settings
     smallest = _smallest_block(length)
+    most_rows = MAX_ROWS if smallest * length <= MAX_ROWS else 2 * smallest * length
     width = num_heads * head_dim
     best = None
     for lanes in sorted({lane_block(num_heads, head_dim, h) for h in (1, heads_wanted)}):
@@ -108,24 +109,26 @@ def choose_tiling(
             if lanes % LANES or lanes < looped_group(head_dim).width:
                 continue
             groups, looped = (looped_group(head_dim),), lanes // head_dim
-        enough = False
         for sequences in range(smallest, batch + 1, smallest):
-            if batch % sequences or (sequences * length > MAX_ROWS and enough):
+            if batch % sequences or sequences * length > most_rows:
                 continue
             together, rows = tile_of(length, sequences)
             tiles = -(-sequences // together)
             registers = sum(_logits_registers(length, group) for group in groups)
-            unroll = max(1, min(tiles, round(items / len(groups)), most_registers // registers))
-            tiling = Tiling(length, together, rows, sequences, lanes, groups, unroll, lags, looped, spread)
-            if rows > tiling.block_rows or vmem_bytes(tiling, itemsize, tensors) > chip.vmem_bytes:
-                continue
-            enough |= tiling.passes >= passes
-            wasted = round_up(tiles, unroll) * together / sequences * (1 if tiling.passes >= passes else 2)
-            steps = (batch // sequences) * (width // lanes)
-            few_items = 1 + 0.5 / (unroll * len(groups))
-            cost = wasted * few_items * (1 + 1 / steps) * (1 + 64 / tiling.block_rows) * (1.2 if looped else 1)
-            if best is None or cost < best[0]:
-                best = cost, tiling
+            most = max(1, min(tiles, round(items / len(groups)), most_registers // registers))
+            steps_of_block = tiles * max(1, looped)
+            for unroll in {most, max(1, min(most, steps_of_block // passes))}:
+                tiling = Tiling(length, together, rows, sequences, lanes, groups, unroll, lags, looped, spread)
+                if rows > tiling.block_rows or vmem_bytes(tiling, itemsize, tensors) > chip.vmem_bytes:
+                    continue
+                wasted = round_up(tiles, unroll) * together / sequences
+                steps = (batch // sequences) * (width // lanes)
+                few_items = 1 + 0.5 / (unroll * len(groups))
+                few_passes = 1 if tiling.passes >= passes else 2  # not chosen, where there is another
+                cost = wasted * few_items * few_passes * (1.2 if looped else 1)
+                cost *= (1 + 1 / steps) * (1 + 64 / tiling.block_rows)
+                if best is None or cost < best[0]:
+                    best = cost, tiling
     return best and best[1]
 
 

@@ -18,6 +18,7 @@ SUBLANES = 8
 CHUNK = 2 * LANES  # columns of logits that are computed at a time
 FORWARD_STAGES = 3
 BACKWARD_STAGES = 5
+ROLLING_PASSES = 4  # of a loop whose passes overlap, at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Tiling:
         )
         groups = self.unroll * len(self.groups)
         return (
-            self.passes >= 4
+            self.passes >= ROLLING_PASSES
             and not shared
             and self.items >= self.lags_of(stages)[-1]
             and groups >= self._groups_under_way(stages)
