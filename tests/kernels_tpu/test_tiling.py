@@ -46,8 +46,8 @@ FITS_NOT = {
 def test_tilings_cover_and_fit(sizes):
     sizes["batch"] = padded_batch(sizes["batch"], sizes["length"])
     lanes = lanes_per_head(**sizes)
-    if lanes is None:  # long sequences on a chip with little VMEM: the general kernels serve them
-        assert sizes["itemsize"] * sizes["length"] > 1800
+    if lanes is None:  # long sequences: the general kernels serve them; bfloat16 ones on a chip with little VMEM only
+        assert sizes["itemsize"] * sizes["length"] > (1800 if sizes["chip"].vmem_bytes < 64 << 20 else 2048)
         return
     sizes["head_dim"] = lanes
     tiling = choose_tiling(**sizes)
