@@ -1,10 +1,10 @@
 """The kernels for tiles of more than 128 rows, which hold one long sequence.
 
 Its logits fill more registers than there are, so the vector unit takes them in pieces, as the matrix unit leaves them.
-The forward divides the output, not the weights. It keeps one number for each query: the log2 of its sum of
-exponentials. With it the backward makes a probability from a logit alone. What it needs of all keys, the sum of
-probabilities times their gradients, it adds up itself: made from the rounded output, that sum would be wrong by a fifth
-of a gradient where values have much in common.
+The forward divides the output, not the weights, by sums that the matrix unit makes beside it. It keeps one number for
+each query: the log2 of its sum of exponentials. With it the backward makes a probability from a logit alone. What it
+needs of all keys, the sum of probabilities times their gradients, it adds up itself: made from the rounded output, that
+sum would be wrong by a fifth of a gradient where values have much in common.
 """
 
 import itertools
@@ -34,14 +34,14 @@ def _pieces(tiling: Tiling) -> list[slice]:
 
 
 def forward_scratch(tiling: Tiling, dtype) -> list:
-    """VMEM for logits with their maxima, and for weights with what they are divided by and the log2 of that."""
+    """VMEM for logits with their maxima, and for weights with the maxima they were made with."""
     logits, products = tiling.waiting_shapes(FORWARD_STAGES)
     number, _, columns = products
     return [
         pltpu.VMEM(logits, jnp.float32),
         pltpu.VMEM((logits[0], SUBLANES, logits[2]), jnp.float32),
         pltpu.VMEM(products, dtype),
-        *[pltpu.VMEM((number, 1, columns), jnp.float32)] * 2,
+        pltpu.VMEM((number, 1, columns), jnp.float32),
     ]
 
 
@@ -62,7 +62,7 @@ def forward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: b
     lengths_ref, refs = refs[0] if has_lengths else None, refs[has_lengths:]
     query_ref, key_ref, value_ref, bias_ref, out_ref, *refs = refs
     statistics_ref, refs = refs[0] if keep_statistics else None, refs[keep_statistics:]
-    logits_ref, top_ref, probs_ref, inverse_ref, sums_ref, *scratch = refs
+    logits_ref, tops_ref, weights_ref, top_ref, *scratch = refs
 
     def work(tile, slot):
         window = Window(tiling, tile)
@@ -79,30 +79,26 @@ def forward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: b
                 piece = mask(logits[rows], rows, item)
                 top = jnp.maximum(top, tm.by_registers(jnp.max, piece))
                 logits_ref[number, rows, columns] = piece
-            top_ref[number, :, columns] = top
+            tops_ref[number, :, columns] = top
 
         def weigh(item: Item):
             number, _, columns = logits_place(logits_ref, item)
-            place, _, own = products_place(probs_ref, item, item.columns)
-            top = jnp.max(top_ref[number, :, columns], axis=0, keepdims=True)
-            total = jnp.zeros((SUBLANES, top.shape[1]), jnp.float32)
+            place, _, own = products_place(weights_ref, item, item.columns)
+            top = jnp.max(tops_ref[number, :, columns], axis=0, keepdims=True)
+            top_ref[place, :, own] = top
             for rows in _pieces(tiling):
                 weights = jnp.exp2((logits_ref[number, rows, columns] - top) * factor)
-                total += tm.by_registers(jnp.sum, weights)
-                probs_ref[place, rows, own] = weights.astype(probs_ref.dtype)
-            total = jnp.sum(total, axis=0, keepdims=True)
-            mine = window.queries_inside(item) & (total > 0)
-            total = jnp.maximum(total, tm.TINY)
-            inverse_ref[place, :, own] = jnp.where(mine, 1 / total, 0)
-            sums_ref[place, :, own] = jnp.where(mine, top * factor + jnp.log2(total), tm.UNSEEN)
+                weights_ref[place, rows, own] = weights.astype(weights_ref.dtype)
 
         def combine(item: Item):
             group, columns = item.group, tiling.columns(item.group)
-            place = products_place(probs_ref, item, slice(0, columns.total))
+            place = products_place(weights_ref, item, slice(0, columns.total))
             value = window.load(value_ref, group)
-            out.add(group, tm.sum_over_keys(probs_ref[place], value, group.heads, columns, inverse_ref[place]))
+            output, total = tm.mean_over_keys(weights_ref[place], value, group.heads, columns)
+            out.add(group, output)
             if statistics_ref is not None:
-                window.store_statistics(statistics_ref, item, sums_ref[place])
+                sums = top_ref[place] * factor + jnp.log2(jnp.maximum(total, tm.TINY))
+                window.store_statistics(statistics_ref, item, jnp.where(total > 0, sums, tm.UNSEEN))
 
         return score, weigh, combine
 

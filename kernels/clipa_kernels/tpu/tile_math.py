@@ -82,29 +82,43 @@ def query_rows(columns: Columns, heads: int, part: slice) -> jax.Array:
     return jnp.concatenate(tiles[part.start // LANES : part.stop // LANES], axis=1)
 
 
-def sum_over_keys(
-    weights: jax.Array, x: jax.Array, heads: Heads, columns: Columns, factors: jax.Array | None = None
-) -> jax.Array:
+def sum_over_keys(weights: jax.Array, x: jax.Array, heads: Heads, columns: Columns) -> jax.Array:
     """[keys, columns], [keys, lanes] -> [lanes, rows]: for each query, the sum of rows of `x`, head by head.
 
-    `factors` [1, columns]: what each query's sum is multiplied by. Columns of the result beyond the tile's rows may
-    hold anything.
+    Columns of the result beyond the tile's rows may hold anything.
+    """
+    return _over_keys(lambda span, part: matmul(span, weights[:, part]), _turned(x, heads), heads, columns)
+
+
+def mean_over_keys(weights: jax.Array, x: jax.Array, heads: Heads, columns: Columns) -> tuple[jax.Array, jax.Array]:
+    """What `sum_over_keys` gives, divided by the sums of each query's weights; and these, [1, columns].
+
+    Rows of ones beside those of `x` have the matrix unit add up the weights too, rounded as it takes them: what a
+    query's values have in common is then kept exactly.
     """
     x = _turned(x, heads)
+    ones = jnp.ones((SUBLANES, x.shape[1]), x.dtype)
+    totals = []
 
-    def product(span: slice, part: slice) -> jax.Array:
-        total = matmul(x[span], weights[:, part])
-        return total if factors is None else total * factors[:, part]
+    def mean(span: jax.Array, part: slice) -> jax.Array:
+        both = matmul(jnp.concatenate([span, ones], axis=0), weights[:, part])
+        totals.append(both[-1:])
+        return both[:-SUBLANES] * (1 / jnp.maximum(both[-1:], TINY))
 
-    spans = [_span(head, x.shape[0]) for head in heads]
-    parts = [product(span, slice(h * columns.own, (h + 1) * columns.own)) for h, span in enumerate(spans)]
+    return _over_keys(mean, x, heads, columns), jnp.concatenate(totals, axis=1)
+
+
+def _over_keys(product: Callable, turned: jax.Array, heads: Heads, columns: Columns) -> jax.Array:
+    """[lanes, rows] of `product`(rows of `turned`, a slice of columns), called for columns in their order."""
+    spans = [_span(head, turned.shape[0]) for head in heads]
+    parts = [product(turned[span], slice(h * columns.own, (h + 1) * columns.own)) for h, span in enumerate(spans)]
     if columns.shared:
         first = len(heads) * columns.own
-        shared = product(slice(0, x.shape[0]), slice(first, first + LANES))
+        shared = product(turned, slice(first, first + LANES))
         for h, span in enumerate(spans):
             of_head = pltpu.roll(shared[span], LANES - h * columns.shared, 1) if h else shared[span]
             parts[h] = jnp.concatenate([parts[h], of_head], axis=1)
-    return _rows_of_heads(parts, heads, x.shape[0])
+    return _rows_of_heads(parts, heads, turned.shape[0])
 
 
 def sum_over_queries(weights: jax.Array, x: jax.Array, heads: Heads, columns: Columns) -> jax.Array:
