@@ -18,11 +18,13 @@ import jax.numpy as jnp
 from clipa_kernels.tpu import block_table, tile_attention
 from clipa_kernels.tpu.block_sizes import DEFAULTS, Settings, choose_tiling, lanes_per_head, settings_for
 from clipa_kernels.tpu.chips import CHIPS
+from clipa_kernels.tpu.tiling import BACKWARD_STAGES, FORWARD_STAGES
 
 from bench.attention_static import LENGTHS, sequences_of
 from clipa_fast.profiling import compile_for_tpu
 
 COMPILE_SECONDS = 20
+STAGES = FORWARD_STAGES, BACKWARD_STAGES
 SHORT = [Settings(8, 14, (1, 4), 0), Settings(8, 14, (1, 2), 0), Settings(8, 8, (1, 4), 0), Settings(4, 14, (1, 3), 1)]
 LONG = [
     Settings(12, 12, (1, 3), 1),
@@ -34,6 +36,7 @@ LONG = [
     Settings(2, 4, (1, 3), 1, 4, 3000),
     Settings(6, 6, (1, 4), 1, 1, 3000),
     Settings(12, 6, (1, 3), 2, 1, 3000),
+    Settings(2, 8, (1, 3), 0, 4, 3000, True),
 ]
 
 
@@ -41,15 +44,14 @@ def estimate(chip: str, dtype: str, length: int, num_heads: int, head_dim: int, 
     """(microseconds of both kernels, CPU seconds to compile), or None where the settings do not fit."""
     batch, kind, itemsize = sequences_of(length), CHIPS[chip], jnp.dtype(dtype).itemsize
     x = jax.ShapeDtypeStruct((batch * length, num_heads * head_dim), dtype)
-    forward, backward = (choose_tiling(batch, length, num_heads, head_dim, itemsize, n, kind, settings) for n in (4, 7))
+    forward, backward = (choose_tiling(batch, length, num_heads, head_dim, itemsize, n, kind, settings) for n in STAGES)
     if forward is None or backward is None:
         return None
     fixed = functools.partial(functools.partial, scale=0.1, is_causal=False, vmem_bytes=kind.vmem_bytes + (8 << 20))
 
     def run(query, key, value, d_out):
-        output, *statistics = fixed(tile_attention.forward, tiling=forward, keep_statistics=True)(
-            query, key, value, None
-        )
+        keep = {"keep_statistics": True, "keep_deviations": backward.keys_across}
+        output, *statistics = fixed(tile_attention.forward, tiling=forward, **keep)(query, key, value, None)
         return output, fixed(tile_attention.backward, tiling=backward)(query, key, value, d_out, statistics, None)
 
     started = time.process_time()
@@ -62,7 +64,7 @@ def best(chip: str, dtype: str, length: int, head_dim: int) -> Settings | None:
     num_heads = 16 if head_dim > 64 else 12
     default = next(settings for longest, settings in DEFAULTS.items() if length <= longest)
     itemsize = jnp.dtype(dtype).itemsize
-    lanes = lanes_per_head(sequences_of(length), length, num_heads, head_dim, itemsize, 7, CHIPS[chip])
+    lanes = lanes_per_head(sequences_of(length), length, num_heads, head_dim, itemsize, BACKWARD_STAGES, CHIPS[chip])
     if lanes != head_dim:
         print(f"{chip} {dtype} {length} {head_dim}: heads are padded to {lanes} lanes; tune those")
         return None
@@ -86,7 +88,7 @@ def best(chip: str, dtype: str, length: int, head_dim: int) -> Settings | None:
 def write(table: dict) -> None:
     path = Path(block_table.__file__)
     head = path.read_text().split("TABLE:")[0]
-    kind = "dict[tuple[str, str, int, int], tuple[int, int, tuple[int, int], int, int, int]]"
+    kind = "dict[tuple[str, str, int, int], tuple[int, int, tuple[int, int], int, int, int, bool]]"
     rows = [
         f'    ("{chip}", "{dtype}", {length}, {head_dim}): {tuple(table[chip, dtype, length, head_dim])},'
         for chip, dtype, length, head_dim in sorted(table)

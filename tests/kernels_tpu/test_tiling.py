@@ -12,7 +12,18 @@ from clipa_kernels.tpu.block_sizes import (
 from clipa_kernels.tpu.block_table import TABLE
 from clipa_kernels.tpu.chips import CHIPS
 from clipa_kernels.tpu.tile_mask import tile_bias
-from clipa_kernels.tpu.tiling import BACKWARD_STAGES, FORWARD_STAGES, LANES, columns_of, head_groups
+from clipa_kernels.tpu.tiling import (
+    ACROSS_STAGES,
+    BACKWARD_STAGES,
+    FORWARD_STAGES,
+    LANES,
+    RIDERS,
+    can_lie_across,
+    columns_of,
+    head_groups,
+    riders_of,
+    tile_of,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +34,7 @@ SIZES = st.fixed_dictionaries(
         "num_heads": st.integers(1, 20),
         "head_dim": st.integers(16, 128),
         "itemsize": st.sampled_from([2, 4]),
-        "tensors": st.sampled_from([4, 7]),
+        "stages": st.sampled_from([FORWARD_STAGES, BACKWARD_STAGES]),
         "chip": st.sampled_from([CHIPS[name] for name in ("v5e", "v5p", "v6e", "tpu7x")]),
     }
 )
@@ -35,7 +46,7 @@ FITS_NOT = {
     "num_heads": 1,
     "head_dim": 16,
     "itemsize": 2,
-    "tensors": 7,
+    "stages": BACKWARD_STAGES,
     "chip": CHIPS["v5p"],
 }
 
@@ -51,7 +62,8 @@ def test_tilings_cover_and_fit(sizes):
         return
     sizes["head_dim"] = lanes
     tiling = choose_tiling(**sizes)
-    assert vmem_bytes(tiling, sizes["itemsize"], sizes["tensors"]) <= sizes["chip"].vmem_bytes
+    stages = stages_of(tiling, sizes["stages"])
+    assert vmem_bytes(tiling, sizes["itemsize"], stages) <= sizes["chip"].vmem_bytes
     assert sizes["batch"] % tiling.block_sequences == 0
     assert tiling.block_rows % 8 == 0
     assert tiling.tile_rows <= tiling.block_rows
@@ -59,7 +71,7 @@ def test_tilings_cover_and_fit(sizes):
     assert width % tiling.block_lanes == 0
     assert tiling.block_lanes in (width, tiling.block_lanes // LANES * LANES)
     assert tiling.block_lanes % sizes["head_dim"] == 0
-    check_places(tiling, BACKWARD_STAGES if sizes["tensors"] == 7 else FORWARD_STAGES)
+    check_places(tiling, stages)
     for tile in range(tiling.tiles):
         first = min(tile * tiling.sequences, tiling.block_sequences - tiling.sequences) * tiling.length
         start = min(first // 8 * 8, tiling.block_rows - tiling.tile_rows)
@@ -69,32 +81,40 @@ def test_tilings_cover_and_fit(sizes):
         assert first + tiling.sequences * tiling.length <= start + tiling.tile_rows
 
 
+def stages_of(tiling, direction):
+    return ACROSS_STAGES if tiling.keys_across else direction
+
+
 def check_places(tiling, stages):
     """Walks through the stages of a few passes: what a stage finds in a place is what its item has left there."""
     lags, is_rolling = tiling.lags_of(stages), tiling.is_rolling(stages)
     items = []
     for number in range(tiling.unroll * len(tiling.groups)):
-        chunks = tiling.chunks(tiling.groups[number % len(tiling.groups)])
-        items += [(number, chunk, chunks) for chunk in chunks]
-    logits, products = (
-        {},
-        [{}, {}],
-    )  # what lies in each place; the backward's second array is written by its second stage
+        parts = tiling.parts(tiling.groups[number % len(tiling.groups)])
+        items += [(number, part.start, [each.start for each in parts]) for part in parts]
+    # What lies in each place. The backward's second array is written by its second stage.
+    logits, products = {}, [{}, {}]
     early = 0 if tiling.is_long and stages == BACKWARD_STAGES else 1
+    is_across = stages == ACROSS_STAGES  # both arrays are written by the first stage, all others read both
 
     def do(step, index, stage):
-        group, chunk, chunks = items[index]
+        group, part, parts = items[index]
         place = group % tiling.products_places(stages)
+        if is_across:
+            if stage == 0:
+                products[0][place, part] = step, group
+            assert all(products[0][place, each] == (step, group) for each in parts[: parts.index(part) + 1])
+            return
         if stage == 0:
             logits[index % tiling.logits_places(stages)] = step, index
         if stage == 1:
             assert logits[index % tiling.logits_places(stages)] == (step, index)
-            products[1][place, chunk] = step, group
+            products[1][place, part] = step, group
         if stage == early:
-            products[0][place, chunk] = step, group
-        if stage >= 2 and chunk == chunks[-1]:
+            products[0][place, part] = step, group
+        if stage >= 2 and part == parts[-1]:
             array = products[0 if stage == 2 else 1]
-            assert all(array[place, each] == (step, group) for each in chunks)
+            assert all(array[place, each] == (step, group) for each in parts)
 
     count = len(items)
     for step in range(3):
@@ -111,9 +131,11 @@ def check_places(tiling, stages):
 def test_the_table_holds_for_any_batch(call, batch):
     chip, dtype, length, head_dim = call
     sizes = padded_batch(batch, length), length, 12, head_dim, {"bfloat16": 2, "float32": 4}[dtype]
-    for tensors, stages in ((4, FORWARD_STAGES), (7, BACKWARD_STAGES)):
-        tiling = choose_tiling(*sizes, tensors, CHIPS[chip])
-        assert vmem_bytes(tiling, sizes[-1], tensors) <= CHIPS[chip].vmem_bytes
+    for direction in (FORWARD_STAGES, BACKWARD_STAGES):
+        tiling = choose_tiling(*sizes, direction, CHIPS[chip])
+        stages = stages_of(tiling, direction)
+        assert tiling.keys_across == (Settings(*TABLE[call]).keys_across and direction == BACKWARD_STAGES)
+        assert vmem_bytes(tiling, sizes[-1], stages, keeps_deviations=True) <= CHIPS[chip].vmem_bytes
         assert tiling.passes >= Settings(*TABLE[call]).passes
         assert tiling.block_rows <= max(MAX_ROWS, 16 * length)
         check_places(tiling, stages)
@@ -122,7 +144,7 @@ def test_the_table_holds_for_any_batch(call, batch):
 @settings(deadline=None)
 @given(st.integers(129, 400))
 def test_only_rows_at_the_edges_are_masked(length):
-    tiling = choose_tiling(padded_batch(16, length), length, 2, 64, 2, 7, CHIPS["v5e"])
+    tiling = choose_tiling(padded_batch(16, length), length, 2, 64, 2, BACKWARD_STAGES, CHIPS["v5e"])
     bias, seen = tile_bias(tiling, is_causal=False), tiling.rows_always_seen
     assert not bias[:, seen].any()
     assert seen.start % 8 == seen.stop % 8 == 0
@@ -150,3 +172,38 @@ def test_columns_hold_every_query_once(rows, heads):
     assert heads * columns.shared <= LANES
     assert columns.total % LANES == 0
     assert columns.total == heads * columns.own + (LANES if columns.shared else 0)
+
+
+@given(st.integers(1, 40), st.integers(16, 128), st.sampled_from([128, 256]), st.integers(1, 1024))
+def test_riders_lie_beside_a_head(num_heads, head_dim, mxu, length):
+    groups, rows = head_groups(num_heads, head_dim, 1, mxu), tile_of(length, 1)[1]
+    for group in groups:
+        ((start, stop),), riders = group.heads, riders_of(group)
+        assert riders is None or 0 <= riders <= riders + RIDERS <= start or stop <= riders <= group.width - RIDERS
+    if can_lie_across(groups, rows):
+        assert columns_of(rows, 2).shared == columns_of(rows, 4).shared == 0
+        assert columns_of(rows, 1).own > rows  # one column without a query is there
+
+
+def test_keys_lie_across_only_where_they_can():
+    """The table's wish is one for bfloat16 and heads with lanes beside them."""
+    wish = Settings(2, 4, (1, 3), 0, 4, 3000, True)
+
+    def lies(length=577, num_heads=12, head_dim=64, itemsize=2, stages=BACKWARD_STAGES, wish=wish):
+        tiling = choose_tiling(
+            padded_batch(64, length), length, num_heads, head_dim, itemsize, stages, CHIPS["v6e"], wish
+        )
+        check_places(tiling, stages_of(tiling, stages))
+        return tiling.keys_across
+
+    assert lies()
+    assert lies(length=202, num_heads=16, head_dim=80)
+    assert lies(length=346)
+    assert not lies(wish=wish._replace(keys_across=False))
+    assert not lies(stages=FORWARD_STAGES)
+    assert not lies(itemsize=4)
+    assert not lies(head_dim=128)  # no lane is free
+    assert not lies(num_heads=3)  # the last head's window has 64 lanes
+    assert not lies(head_dim=88, num_heads=16)  # heads begin within a register
+    assert not lies(length=257)  # heads share columns
+    assert not lies(num_heads=16, head_dim=80)  # too much code: heads are looped over

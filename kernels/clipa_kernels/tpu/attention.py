@@ -13,10 +13,10 @@ from clipa_kernels.tpu.block_sizes import lanes_per_head, padded_batch
 from clipa_kernels.tpu.chips import Chip, chip_of
 from clipa_kernels.tpu.flat_attention import FlatAttention, flat_attention
 from clipa_kernels.tpu.general_attention import GeneralAttention, Operands, choose_tiling, general_attention
+from clipa_kernels.tpu.tiling import BACKWARD_STAGES
 
 MAX_LENGTH = 1024
 HEAD_DIMS = range(16, 129)
-BACKWARD_TENSORS = 7
 
 
 def supports(problem: AttentionProblem) -> Support:
@@ -52,7 +52,7 @@ def _is_plain(problem: AttentionProblem) -> bool:
 def _plain_fits(problem: AttentionProblem, chip: Chip) -> bool:
     length = problem.key_len
     batch, itemsize = padded_batch(problem.batch, length), problem.dtype.itemsize
-    sizes = batch, length, problem.num_heads, problem.head_dim, itemsize, BACKWARD_TENSORS, chip
+    sizes = batch, length, problem.num_heads, problem.head_dim, itemsize, BACKWARD_STAGES, chip
     return lanes_per_head(*sizes) is not None
 
 

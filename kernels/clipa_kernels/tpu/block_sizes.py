@@ -5,12 +5,15 @@ from typing import NamedTuple
 from clipa_kernels.tpu.block_table import TABLE
 from clipa_kernels.tpu.chips import Chip
 from clipa_kernels.tpu.tiling import (
+    ACROSS_STAGES,
     BACKWARD_STAGES,
+    CHUNK,
     FORWARD_STAGES,
     LANES,
     HeadGroup,
     Tiling,
     batch_multiple,
+    can_lie_across,
     columns_of,
     head_groups,
     lane_block,
@@ -31,6 +34,7 @@ class Settings(NamedTuple):
     and take longer to compile. lags, spread: see `Tiling`. passes: of the loop in a block, at least, if the batch
     allows; before and after them some stages run alone, which is much of the time where long tiles have few passes, and
     with less than `ROLLING_PASSES` in each pass. loop_registers: of logits in a loop body of several tiles, at most.
+    keys_across: in the backward in bfloat16, where the heads allow it; see `across_tiles`.
     """
 
     heads: int
@@ -39,6 +43,7 @@ class Settings(NamedTuple):
     spread: int
     passes: int = 1
     loop_registers: int = 1500
+    keys_across: bool = False
 
 
 # What holds up to some length for whatever the table does not list.
@@ -58,13 +63,18 @@ def settings_for(chip: str, itemsize: int, length: int, head_dim: int) -> Settin
     return next(settings for longest, settings in DEFAULTS.items() if length <= longest)
 
 
-def vmem_bytes(tiling: Tiling, itemsize: int, tensors: int) -> int:
-    """VMEM that a kernel with `tensors` operands and results takes: all twice, for loads and stores under way."""
-    lanes, stages = round_up(tiling.block_lanes, 128), BACKWARD_STAGES if tensors == 7 else FORWARD_STAGES
+def vmem_bytes(tiling: Tiling, itemsize: int, stages: int, keeps_deviations: bool = False) -> int:
+    """VMEM that a kernel of so many stages takes: operands and results twice, for loads and stores under way."""
+    lanes = round_up(tiling.block_lanes, LANES)
+    tensors = {FORWARD_STAGES: 4 + keeps_deviations, BACKWARD_STAGES: 7, ACROSS_STAGES: 8}[stages]
     blocks = 2 * tensors * round_up(tiling.block_rows, 8) * lanes * itemsize
-    width = max(tiling.columns(group).total for group in tiling.groups)
-    logits = 2 * tiling.tile_rows * min(width, 2 * LANES) * tiling.logits_places(stages) * 4
-    products = 2 * tiling.tile_rows * width * tiling.products_places(stages) * itemsize
+    places, rows, columns = tiling.products_shape(stages)
+    products = 2 * places * rows * columns * itemsize
+    if stages == ACROSS_STAGES:  # operands wait instead
+        width = max(group.width for group in tiling.groups)
+        logits = 2 * places * (rows * width + columns * (width + tiling.head_dim)) * itemsize
+    else:
+        logits = 2 * tiling.tile_rows * min(columns, CHUNK) * tiling.logits_places(stages) * 4
     statistics = 2 * tiling.block_sequences * tiling.heads * 8 * tiling.statistics_lanes * 4 if tiling.is_long else 0
     bias = (tiling.offsets + 2 * tiling.unroll) * tiling.tile_rows * LANES * 4
     return blocks + statistics + logits + products + bias + 3 * round_up(tiling.tile_rows, LANES) * lanes * 4
@@ -87,16 +97,20 @@ def choose_tiling(
     num_heads: int,
     head_dim: int,
     itemsize: int,
-    tensors: int,
+    stages: int,
     chip: Chip,
     settings: Settings | None = None,
 ) -> Tiling | None:
     """The tiling for `batch` sequences (a result of `padded_batch`), or None if not even one block fits in VMEM.
 
-    `settings`: those of the table unless given.
+    `stages`: `FORWARD_STAGES` or `BACKWARD_STAGES`. `settings`: those of the table unless given.
     """
     settings = settings or settings_for(chip.name, itemsize, length, head_dim)
-    heads_wanted, items, lags, spread, passes, most_registers = settings
+    heads_wanted, items, lags, spread, passes, most_registers, _ = settings
+    across = itemsize == 2 and _lies_across(length, num_heads, head_dim, chip, settings)
+    is_across = across and stages == BACKWARD_STAGES
+    if is_across:
+        stages, lags = ACROSS_STAGES, (lags[1], lags[1])
     smallest = _smallest_block(length)
     most_rows = MAX_ROWS if smallest * length <= MAX_ROWS else 2 * smallest * length
     width = num_heads * head_dim
@@ -104,9 +118,11 @@ def choose_tiling(
     for lanes in sorted({lane_block(num_heads, head_dim, h) for h in (1, heads_wanted)}):
         rows = tile_of(length, 1)[1]
         together = 4 if 0 < rows % LANES <= LANES // 4 < LANES < rows else 2
+        if is_across:
+            together = 1
         groups, looped = head_groups(lanes // head_dim, head_dim, together, chip.mxu), 0
-        if sum(_logits_registers(length, group) for group in groups) > MAX_REGISTERS:
-            if lanes % LANES or lanes < looped_group(head_dim).width:
+        if _logits_registers(length, groups) > MAX_REGISTERS:
+            if is_across or lanes % LANES or lanes < looped_group(head_dim).width:
                 continue
             groups, looped = (looped_group(head_dim),), lanes // head_dim
         for sequences in range(smallest, batch + 1, smallest):
@@ -114,12 +130,13 @@ def choose_tiling(
                 continue
             together, rows = tile_of(length, sequences)
             tiles = -(-sequences // together)
-            registers = sum(_logits_registers(length, group) for group in groups)
+            registers = _logits_registers(length, groups)
             most = max(1, min(tiles, round(items / len(groups)), most_registers // registers))
             steps_of_block = tiles * max(1, looped)
             for unroll in {most, max(1, min(most, steps_of_block // passes))}:
-                tiling = Tiling(length, together, rows, sequences, lanes, groups, unroll, lags, looped, spread)
-                if rows > tiling.block_rows or vmem_bytes(tiling, itemsize, tensors) > chip.vmem_bytes:
+                cut = length, together, rows, sequences, lanes, groups, unroll
+                tiling = Tiling(*cut, lags, looped, spread, is_across)
+                if rows > tiling.block_rows or vmem_bytes(tiling, itemsize, stages, across) > chip.vmem_bytes:
                     continue
                 wasted = round_up(tiles, unroll) * together / sequences
                 steps = (batch // sequences) * (width // lanes)
@@ -133,7 +150,7 @@ def choose_tiling(
 
 
 def lanes_per_head(
-    batch: int, length: int, num_heads: int, head_dim: int, itemsize: int, tensors: int, chip: Chip
+    batch: int, length: int, num_heads: int, head_dim: int, itemsize: int, stages: int, chip: Chip
 ) -> int | None:
     """Lanes that a head has to have: `head_dim` if its blocks fit in VMEM, else 128 if those do, else None.
 
@@ -141,15 +158,23 @@ def lanes_per_head(
     is too much for long sequences. Heads padded to 128 lanes can be taken one by one.
     """
     for lanes in (head_dim, LANES):
-        if choose_tiling(batch, length, num_heads, lanes, itemsize, tensors, chip) is not None:
+        if choose_tiling(batch, length, num_heads, lanes, itemsize, stages, chip) is not None:
             return lanes
     return None
 
 
-def _logits_registers(length: int, group: HeadGroup) -> int:
-    """Registers of 8 x 128 that the logits of one head group fill: what the size of the program grows with."""
+def _lies_across(length: int, num_heads: int, head_dim: int, chip: Chip, settings: Settings) -> bool:
+    """Whether the backward has keys along columns: wanted, possible, and not too large for a block of few heads."""
+    heads = lane_block(num_heads, head_dim, 1) // head_dim
+    groups = head_groups(heads, head_dim, 1, chip.mxu)
+    fits = _logits_registers(length, groups) <= MAX_REGISTERS
+    return settings.keys_across and fits and can_lie_across(groups, tile_of(length, 1)[1])
+
+
+def _logits_registers(length: int, groups: tuple[HeadGroup, ...]) -> int:
+    """Registers of 8 x 128 that the logits of head groups fill: what the size of the program grows with."""
     rows = tile_of(length, length)[1]
-    return rows // 8 * columns_of(rows, len(group.heads)).total // 128
+    return sum(rows // 8 * columns_of(rows, len(group.heads)).total // LANES for group in groups)
 
 
 __all__ = ["choose_tiling", "lanes_per_head", "padded_batch", "vmem_bytes"]

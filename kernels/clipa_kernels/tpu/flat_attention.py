@@ -12,6 +12,7 @@ from clipa_kernels.tpu import tile_attention
 from clipa_kernels.tpu.block_sizes import choose_tiling, lanes_per_head, padded_batch
 from clipa_kernels.tpu.chips import Chip
 from clipa_kernels.tpu.partitioning import foldable, on_each_device
+from clipa_kernels.tpu.tiling import BACKWARD_STAGES, FORWARD_STAGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +48,19 @@ class _Padded:
     """A call whose operands are padded where they have to be: with sequences up to whole blocks, which only batches
     that are no multiple of 8 need, and with lanes, where a block of whole heads would not fit in VMEM."""
 
-    def __init__(self, config: FlatAttention, query: jax.Array, tensors: int):
+    def __init__(self, config: FlatAttention, query: jax.Array, stages: int):
         self.config = config
         self.rows, self.width = query.shape
         self.sequences = self.rows // config.seq_len
         self.batch = padded_batch(self.sequences, config.seq_len)
         self.head_dim = self.width // config.num_heads
-        sizes = query.dtype.itemsize, tensors, config.chip
+        sizes = query.dtype.itemsize, stages, config.chip
         lanes = lanes_per_head(self.batch, config.seq_len, config.num_heads, self.head_dim, *sizes)
         assert lanes is not None, "supports() lets through only what fits"
         self.lanes = lanes
-        self.tiling = choose_tiling(self.batch, config.seq_len, config.num_heads, lanes, *sizes)
+        tiling = choose_tiling(self.batch, config.seq_len, config.num_heads, lanes, *sizes)
+        assert tiling is not None, "it fits with so many lanes"
+        self.tiling = tiling
 
     def options(self) -> dict:
         """What both kernels take by name."""
@@ -90,10 +93,19 @@ class _Padded:
 def _run_forward(
     config: FlatAttention, operands: tuple, lengths: jax.Array | None, keep_statistics: bool
 ) -> list[jax.Array]:
-    call = _Padded(config, operands[0], tensors=4)
+    call = _Padded(config, operands[0], FORWARD_STAGES)
+    across = _Padded(config, operands[0], BACKWARD_STAGES).tiling.keys_across
     lengths = lengths if lengths is None else call.pad(lengths)
     query, key, value = map(call.pad, operands)
-    results = tile_attention.forward(query, key, value, lengths, keep_statistics=keep_statistics, **call.options())
+    results = tile_attention.forward(
+        query,
+        key,
+        value,
+        lengths,
+        keep_statistics=keep_statistics,
+        keep_deviations=keep_statistics and across,
+        **call.options(),
+    )
     return [call.unpad(x) for x in results]
 
 
@@ -102,7 +114,7 @@ _forward_for_backward = functools.partial(_run_forward, keep_statistics=True)
 
 
 def _run_backward(config: FlatAttention, operands: tuple, lengths: jax.Array | None) -> list[jax.Array]:
-    call = _Padded(config, operands[0], tensors=7)
+    call = _Padded(config, operands[0], BACKWARD_STAGES)
     lengths = lengths if lengths is None else call.pad(lengths)
     query, key, value, d_out, *statistics = map(call.pad, operands)
     gradients = tile_attention.backward(query, key, value, d_out, statistics, lengths, **call.options())

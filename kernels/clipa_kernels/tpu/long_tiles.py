@@ -1,10 +1,13 @@
 """The kernels for tiles of more than 128 rows, which hold one long sequence.
 
 Its logits fill more registers than there are, so the vector unit takes them in pieces, as the matrix unit leaves them.
-The forward divides the output, not the weights, by sums that the matrix unit makes beside it. It keeps one number for
-each query: the log2 of its sum of exponentials. With it the backward makes a probability from a logit alone. What it
-needs of all keys, the sum of probabilities times their gradients, it adds up itself: made from the rounded output, that
-sum would be wrong by a fifth of a gradient where values have much in common.
+The forward divides the output, not the weights. It keeps one number for each query: the log2 of its sum of
+exponentials. With it the backward makes a probability from a logit alone. What it needs of all keys, the sum of
+probabilities times their gradients, it adds up itself: made from the rounded output, that sum would be wrong by a fifth
+of a gradient where values have much in common. (`across_tiles` is the backward that avoids both otherwise.)
+
+That backward needs probabilities that add up to 1 before they are rounded. Elsewhere the matrix unit sums up the
+rounded weights, beside the output.
 """
 
 import itertools
@@ -34,14 +37,14 @@ def _pieces(tiling: Tiling) -> list[slice]:
 
 
 def forward_scratch(tiling: Tiling, dtype) -> list:
-    """VMEM for logits with their maxima, and for weights with the maxima they were made with."""
+    """VMEM for logits with their maxima, and for weights with what they are divided by and the log2 of that."""
     logits, products = tiling.waiting_shapes(FORWARD_STAGES)
     number, _, columns = products
     return [
         pltpu.VMEM(logits, jnp.float32),
         pltpu.VMEM((logits[0], SUBLANES, logits[2]), jnp.float32),
         pltpu.VMEM(products, dtype),
-        pltpu.VMEM((number, 1, columns), jnp.float32),
+        *[pltpu.VMEM((number, 1, columns), jnp.float32)] * 2,
     ]
 
 
@@ -55,23 +58,38 @@ def backward_scratch(tiling: Tiling, dtype) -> list:
     ]
 
 
-def forward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: bool, keep_statistics: bool, *refs):
-    """Refs: lengths if there are any, query, key, value, bias; output, statistics if they are kept; then
+def forward_kernel(
+    tiling: Tiling,
+    scale: float,
+    is_causal: bool,
+    has_lengths: bool,
+    keep_statistics: bool,
+    keep_deviations: bool,
+    *refs,
+):
+    """Refs: lengths if there are any, query, key, value, bias; output, statistics and deviations if they are kept; then
     `forward_scratch` and the mask's."""
     factor = scale / math.log(2)
     lengths_ref, refs = refs[0] if has_lengths else None, refs[has_lengths:]
     query_ref, key_ref, value_ref, bias_ref, out_ref, *refs = refs
     statistics_ref, refs = refs[0] if keep_statistics else None, refs[keep_statistics:]
-    logits_ref, tops_ref, weights_ref, top_ref, *scratch = refs
+    deviations_ref, refs = refs[0] if keep_deviations else None, refs[keep_deviations:]
+    logits_ref, top_ref, weights_ref, inverse_ref, sums_ref, *scratch = refs
+    exact = keep_statistics and not keep_deviations
 
     def work(tile, slot):
         window = Window(tiling, tile)
         mask = mask_of_tile(tiling, window, is_causal, bias_ref, lengths_ref, scratch, slot)
         out = LaneTiles(tiling, window, out_ref, 1, transposed=True)
+        deviations = LaneTiles(tiling, window, deviations_ref, 1, transposed=True)
+
+        def log_sum(top, total):
+            """log2 of the sums of exponentials from those of weights, [1, columns]."""
+            return jnp.where(total > 0, top * factor + jnp.log2(jnp.maximum(total, tm.TINY)), tm.UNSEEN)
 
         def score(item: Item):
             group = item.group
-            query = window.load_queries(query_ref, group)[item.columns]
+            query = window.load_queries(query_ref, group)[item.part]
             logits = tm.matmul(window.load(key_ref, group), query, transpose_b=True)
             number, _, columns = logits_place(logits_ref, item)
             top = jnp.full((SUBLANES, logits.shape[1]), tm.LOWEST, jnp.float32)
@@ -79,26 +97,42 @@ def forward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: b
                 piece = mask(logits[rows], rows, item)
                 top = jnp.maximum(top, tm.by_registers(jnp.max, piece))
                 logits_ref[number, rows, columns] = piece
-            tops_ref[number, :, columns] = top
+            top_ref[number, :, columns] = top
 
         def weigh(item: Item):
             number, _, columns = logits_place(logits_ref, item)
-            place, _, own = products_place(weights_ref, item, item.columns)
-            top = jnp.max(tops_ref[number, :, columns], axis=0, keepdims=True)
-            top_ref[place, :, own] = top
+            place, _, own = products_place(weights_ref, item, item.part)
+            top = jnp.max(top_ref[number, :, columns], axis=0, keepdims=True)
+            total = jnp.zeros((SUBLANES, top.shape[1]), jnp.float32)
             for rows in _pieces(tiling):
                 weights = jnp.exp2((logits_ref[number, rows, columns] - top) * factor)
+                total += tm.by_registers(jnp.sum, weights) if exact else 0
                 weights_ref[place, rows, own] = weights.astype(weights_ref.dtype)
+            if exact:
+                total = jnp.sum(total, axis=0, keepdims=True)
+                inverse_ref[place, :, own] = 1 / jnp.maximum(total, tm.TINY)
+                sums_ref[place, :, own] = log_sum(top, total)
+            else:
+                sums_ref[place, :, own] = top
 
         def combine(item: Item):
+            if not item.is_last:
+                return
             group, columns = item.group, tiling.columns(item.group)
             place = products_place(weights_ref, item, slice(0, columns.total))
             value = window.load(value_ref, group)
-            output, total = tm.mean_over_keys(weights_ref[place], value, group.heads, columns)
+            weights, sums = weights_ref[place], sums_ref[place]
+            if exact:
+                output = tm.sum_over_keys(weights, value, group.heads, columns, inverse_ref[place])
+            else:
+                output, total = tm.mean_over_keys(weights, value, group.heads, columns)
+                sums = log_sum(sums, total)
             out.add(group, output)
             if statistics_ref is not None:
-                sums = top_ref[place] * factor + jnp.log2(jnp.maximum(total, tm.TINY))
-                window.store_statistics(statistics_ref, item, jnp.where(total > 0, sums, tm.UNSEEN))
+                window.store_statistics(statistics_ref, item, sums)
+            if deviations_ref is not None:
+                # The last column has no query: zeros, for which all keys weigh the same.
+                deviations.add(group, output - output[:, -1:])
 
         return score, weigh, combine
 
@@ -122,13 +156,13 @@ def backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: 
 
         def score(item: Item):
             group = item.group
-            query = window.load_queries(query_ref, group)[item.columns]
-            d_out = window.load_queries(d_out_ref, group)[item.columns]
+            query = window.load_queries(query_ref, group)[item.part]
+            d_out = window.load_queries(d_out_ref, group)[item.part]
             logits = tm.matmul(window.load(key_ref, group), query, transpose_b=True)
             d_probs = tm.matmul(window.load(value_ref, group), d_out, transpose_b=True)
             number, _, waiting = logits_place(d_probs_ref, item)
-            place, _, own = products_place(probs_ref, item, item.columns)
-            sums = window.load_statistics(statistics_ref, item)
+            place, _, own = products_place(probs_ref, item, item.part)
+            sums = window.load_statistics(statistics_ref, item, item.part)
             delta = total = jnp.zeros((SUBLANES, logits.shape[1]), jnp.float32)
             for rows in _pieces(tiling):
                 probs = jnp.exp2(mask(logits[rows], rows, item) * factor - sums)
@@ -144,7 +178,7 @@ def backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: 
 
         def differentiate(item: Item):
             number, _, waiting = logits_place(d_probs_ref, item)
-            place, _, own = products_place(probs_ref, item, item.columns)
+            place, _, own = products_place(probs_ref, item, item.part)
             delta = delta_ref[number, :, waiting]
             for rows in _pieces(tiling):
                 # Rounded to the operands' dtype already, as the product with it is after this.

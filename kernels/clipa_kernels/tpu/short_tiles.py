@@ -37,16 +37,18 @@ def forward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: b
 
         def score(item: Item):
             group = item.group
-            query = window.load_queries(query_ref, group)[item.columns]
+            query = window.load_queries(query_ref, group)[item.part]
             logits = tm.matmul(window.load(key_ref, group), query, transpose_b=True)
             logits_ref[logits_place(logits_ref, item)] = logits
 
         def normalize(item: Item):
             logits = logits_ref[logits_place(logits_ref, item)]
             probs = tm.probabilities(mask(logits, slice(0, tiling.tile_rows), item), scale)
-            probs_ref[products_place(probs_ref, item, item.columns)] = probs.astype(probs_ref.dtype)
+            probs_ref[products_place(probs_ref, item, item.part)] = probs.astype(probs_ref.dtype)
 
         def combine(item: Item):
+            if not item.is_last:
+                return
             group, columns = item.group, tiling.columns(item.group)
             probs = probs_ref[products_place(probs_ref, item, slice(0, columns.total))]
             out.add(group, tm.sum_over_keys(probs, window.load(value_ref, group), group.heads, columns))
@@ -69,8 +71,8 @@ def backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: 
 
         def score(item: Item):
             group = item.group
-            query = window.load_queries(query_ref, group)[item.columns]
-            d_out = window.load_queries(d_out_ref, group)[item.columns]
+            query = window.load_queries(query_ref, group)[item.part]
+            d_out = window.load_queries(d_out_ref, group)[item.part]
             place = logits_place(logits_ref, item)
             logits_ref[place] = tm.matmul(window.load(key_ref, group), query, transpose_b=True)
             d_probs_ref[place] = tm.matmul(window.load(value_ref, group), d_out, transpose_b=True)
@@ -79,7 +81,7 @@ def backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: 
             place = logits_place(logits_ref, item)
             probs = tm.probabilities(mask(logits_ref[place], slice(0, tiling.tile_rows), item), scale)
             d_logits = tm.logits_gradient(probs, d_probs_ref[place])
-            place = products_place(probs_ref, item, item.columns)
+            place = products_place(probs_ref, item, item.part)
             probs_ref[place], d_logits_ref[place] = probs.astype(probs_ref.dtype), d_logits.astype(probs_ref.dtype)
 
         for_value, for_key, for_query = gradient_products(

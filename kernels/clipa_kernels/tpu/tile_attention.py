@@ -5,41 +5,45 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from clipa_kernels.tpu import long_tiles, short_tiles
+from clipa_kernels.tpu import across_tiles, long_tiles, short_tiles
 from clipa_kernels.tpu.compat import pl, pltpu
 from clipa_kernels.tpu.tile_mask import tile_bias
 from clipa_kernels.tpu.tiling import Tiling
 
 
 def _call(
-    kernel, name: str, tiling: Tiling, operands, results: int, lengths, scratch, *, is_causal, vmem_bytes, interpret
+    kernel, name: str, tiling: Tiling, operands, results: str, lengths, scratch, *, is_causal, vmem_bytes, interpret
 ) -> list[jax.Array]:
-    """Operands and results are [rows, lanes], but the fifth operand and the second of two results: statistics."""
+    """Operands are [rows, lanes], or statistics [sequences, heads, 1, lanes]. `results` has a letter for each result:
+    "r" for rows, "s" for statistics."""
     rows, width = operands[0].shape
-    bias = tile_bias(tiling, is_causal)
+    masks = [] if tiling.keys_across else [jnp.asarray(tile_bias(tiling, is_causal))]
     block = pl.BlockSpec((tiling.block_rows, tiling.block_lanes), lambda i, j, *_: (i, j))
     of_block = pl.BlockSpec(
         (tiling.block_sequences, tiling.heads, 1, tiling.statistics_lanes), lambda i, j, *_: (i, j, 0, 0)
     )
-    whole = pl.BlockSpec(bias.shape, lambda i, j, *_: (0, 0, 0), pipeline_mode=pl.Buffered(1))
     array = jax.ShapeDtypeStruct((rows, width), operands[0].dtype)
     heads = width // tiling.block_lanes * tiling.heads
     statistics = jax.ShapeDtypeStruct((rows // tiling.length, heads, 1, tiling.statistics_lanes), jnp.float32)
     prefetch = () if lengths is None else (lengths,)
+    in_specs = [block if x.ndim == 2 else of_block for x in operands]
+    for mask in masks:
+        in_specs.append(pl.BlockSpec(mask.shape, lambda i, j, *_: (0, 0, 0), pipeline_mode=pl.Buffered(1)))
+        scratch = scratch + [pltpu.VMEM((2 * tiling.unroll, *mask.shape[1:]), jnp.float32)] * len(prefetch)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetch),
             grid=(rows // tiling.block_rows, width // tiling.block_lanes),
-            in_specs=[block if x.ndim == 2 else of_block for x in operands] + [whole],
-            out_specs=[block, of_block] if results == 2 else [block] * results,
-            scratch_shapes=scratch + [pltpu.VMEM((2 * tiling.unroll, *bias.shape[1:]), jnp.float32)] * len(prefetch),
+            in_specs=in_specs,
+            out_specs=[block if kind == "r" else of_block for kind in results],
+            scratch_shapes=scratch,
         ),
-        out_shape=[array, statistics] if results == 2 else [array] * results,
+        out_shape=[array if kind == "r" else statistics for kind in results],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vmem_bytes),
         name=name,
         interpret=interpret,
-    )(*prefetch, *operands, jnp.asarray(bias))
+    )(*prefetch, *operands, *masks)
 
 
 def forward(
@@ -54,6 +58,7 @@ def forward(
     vmem_bytes: int,
     interpret=False,
     keep_statistics: bool = False,
+    keep_deviations: bool = False,
 ) -> list[jax.Array]:
     """Attention of each sequence to itself.
 
@@ -66,21 +71,24 @@ def forward(
       vmem_bytes: how much the compiler may use.
       interpret: as of `pallas_call`.
       keep_statistics: return them, where tiles are long.
+      keep_deviations: return them too; only where the backward's tiling says `keys_across`.
 
     Returns:
       The output; then, for the backward of long tiles, the log2 of each query's sum of exponentials,
-      [sequences, heads, 1, lanes] float32, a lane for each query of the sequence and some more.
+      [sequences, heads, 1, lanes] float32, a lane for each query of the sequence and some more; then the deviations of
+      the output from the mean of each sequence's values, [rows, lanes].
     """
     fixed = tiling, scale, is_causal, lengths is not None
-    kept = keep_statistics and tiling.is_long
+    results = "r"
     if tiling.is_long:
-        kernel = functools.partial(long_tiles.forward_kernel, *fixed, kept)
+        results += "s" * keep_statistics + "r" * keep_deviations
+        kernel = functools.partial(long_tiles.forward_kernel, *fixed, keep_statistics, keep_deviations)
         scratch = long_tiles.forward_scratch(tiling, query.dtype)
     else:
         kernel = functools.partial(short_tiles.forward_kernel, *fixed)
         scratch = short_tiles.forward_scratch(tiling, query.dtype)
     options = {"is_causal": is_causal, "vmem_bytes": vmem_bytes, "interpret": interpret}
-    return _call(kernel, "attention_forward", tiling, (query, key, value), 1 + kept, lengths, scratch, **options)
+    return _call(kernel, "attention_forward", tiling, (query, key, value), results, lengths, scratch, **options)
 
 
 def backward(
@@ -101,11 +109,12 @@ def backward(
 
     Args: as of `forward`, and
       d_out: gradient of the output, [rows, lanes].
-      statistics: what the forward returned beside the output, in a list; empty where tiles are short.
+      statistics: what the forward returned beside the output, in a list; empty where tiles are short. Deviations are
+        among them where the tiling says `keys_across`.
     """
-    tiles = long_tiles if tiling.is_long else short_tiles
+    tiles = across_tiles if tiling.keys_across else long_tiles if tiling.is_long else short_tiles
     kernel = functools.partial(tiles.backward_kernel, tiling, scale, is_causal, lengths is not None)
     operands = (query, key, value, d_out, *statistics)
     options = {"is_causal": is_causal, "vmem_bytes": vmem_bytes, "interpret": interpret}
     scratch = tiles.backward_scratch(tiling, query.dtype)
-    return _call(kernel, "attention_backward", tiling, operands, 3, lengths, scratch, **options)
+    return _call(kernel, "attention_backward", tiling, operands, "rrr", lengths, scratch, **options)

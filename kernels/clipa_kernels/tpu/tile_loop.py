@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,35 +10,39 @@ from jax import lax
 
 from clipa_kernels.tpu import tile_math as tm
 from clipa_kernels.tpu.compat import pl, pltpu
-from clipa_kernels.tpu.tiling import CHUNK, LANES, SUBLANES, HeadGroup, Tiling, round_up
+from clipa_kernels.tpu.tiling import LANES, SUBLANES, HeadGroup, Tiling, round_up
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """What goes through the stages: some columns of a head group, `number` in a pass of the loop.
+    """What goes through the stages: a part of a head group's logits, `number` in a pass of the loop.
 
-    `head` is the number in the block of the group's first head, known at run time only where heads are looped over.
+    `part` are columns, or rows with all of their columns where the tiling says `keys_across`. `head` is the number in
+    the block of the group's first head, known at run time only where heads are looped over.
     """
 
     number: int
     group: HeadGroup
     group_number: int
-    columns: slice
+    part: slice
     is_last: bool
     head: int | jax.Array
 
 
-def for_tiles(tiling: Tiling, stages: int, work: Callable) -> None:
+def for_tiles(tiling: Tiling, stages: int, work: Callable, order: Sequence[int] = ()) -> None:
     """Run the stages of every tile and head group of the block, pipelined; `work(tile, slot)` makes those of a tile.
 
     The compiler keeps roughly to the order of the program. So each stage of an item stands `lags` items after its
     first stage: the products of one item are under way while the vector unit does the softmax of another. What a
-    stage leaves for the next one waits in VMEM, in as many places as items are under way. The first two stages take
-    a piece of the columns, those that follow a whole head group.
+    stage leaves for the next one waits in VMEM, in as many places as items are under way. Stages that take a whole
+    head group wait for its last part.
 
     Where `is_rolling`, a pass of the loop also ends what the pass before it began, so that the matrix unit does not
     run dry between them. The first pass has none before it: it "ends" the first tile, from whatever VMEM holds. That
     goes where the right results come later: an item's own stage is always after the one that stands in for it.
+
+    Stages that yield take turns, so that the products of several mix. The stages of a step follow each other in their
+    own order, or in that of `order`.
     """
     steps, passes, lags = tiling.steps, tiling.passes, tiling.lags_of(stages)
 
@@ -56,20 +60,20 @@ def for_tiles(tiling: Tiling, stages: int, work: Callable) -> None:
             stages_of_tile = work(index, first_slot + slot)
             for i, group in enumerate(groups):
                 first = head + sum(len(before.heads) for before in groups[:i])
-                total = tiling.columns(group).total
-                for start in tiling.chunks(group):
-                    columns = slice(start, min(start + CHUNK, total))
-                    number = slot * len(groups) + i
-                    item = Item(len(items), group, number, columns, columns.stop == total, first)
+                parts = tiling.parts(group)
+                for part in parts:
+                    item = Item(len(items), group, slot * len(groups) + i, part, part == parts[-1], first)
                     items.append((stages_of_tile, item))
         return items
 
     def run(items: list, now: int) -> None:
-        for stage, lag in enumerate(lags):
-            if 0 <= now - lag < len(items):
-                stages_of_tile, item = items[now - lag]
-                if stage < 2 or item.is_last:
-                    stages_of_tile[stage](item)
+        under_way = []
+        for stage in order or range(stages):
+            if 0 <= now - lags[stage] < len(items):
+                stages_of_tile, item = items[now - lags[stage]]
+                under_way.append(stages_of_tile[stage](item))
+        while under_way:
+            under_way = [work for work in under_way if work is not None and next(work, work) is not work]
 
     def alone(step, carry):
         items = items_of(step, 0)
@@ -102,7 +106,7 @@ def _looped_group(tiling: Tiling, head: jax.Array) -> HeadGroup:
 
 def logits_place(ref, item: Item) -> tuple:
     """Where logits of an item wait, one of several places, and its columns there."""
-    return item.number % ref.shape[0], slice(None), slice(0, item.columns.stop - item.columns.start)
+    return item.number % ref.shape[0], slice(None), slice(0, item.part.stop - item.part.start)
 
 
 def products_place(ref, item: Item, columns: slice) -> tuple:
@@ -137,10 +141,10 @@ class Window:
         mine = (lane >= start) & (lane < stop) & (row >= self.offset)
         ref[place] = jnp.where(mine, x, ref[place].astype(jnp.float32)).astype(ref.dtype)
 
-    def queries_inside(self, item: Item) -> jax.Array:
-        """[1, columns] bool: whether the query of a column belongs to the tile's sequence."""
+    def queries_inside(self, item: Item, part: slice) -> jax.Array:
+        """[1, columns of the part] bool: whether the query of a column belongs to the tile's sequence."""
         columns = self.tiling.columns(item.group)
-        query = tm.query_rows(columns, len(item.group.heads), item.columns) - self.offset
+        query = tm.query_rows(columns, len(item.group.heads), part) - self.offset
         return (query >= 0) & (query < self.tiling.length)
 
     def store_statistics(self, ref, item: Item, x: jax.Array) -> None:
@@ -159,8 +163,8 @@ class Window:
                 row = _rolled(row, jnp.where(self.offset > 0, lanes - self.offset, 0))
             ref[self.sequence, item.head + h] = row
 
-    def load_statistics(self, ref, item: Item) -> jax.Array:
-        """[1, columns of the item]: what `store_statistics` was given; UNSEEN for columns without a query."""
+    def load_statistics(self, ref, item: Item, part: slice) -> jax.Array:
+        """[1, columns of the part]: what `store_statistics` was given; UNSEEN for columns without a query."""
         heads, columns = len(item.group.heads), self.tiling.columns(item.group)
 
         @functools.cache
@@ -169,7 +173,7 @@ class Window:
             return _rolled(stored, self.offset) if self.tiling.offsets > 1 else stored
 
         tiles = []
-        for start in range(item.columns.start, item.columns.stop, LANES):
+        for start in range(part.start, part.stop, LANES):
             h, lane = divmod(start, columns.own)
             if h < heads:
                 tiles.append(row(h)[:, lane : lane + LANES])
@@ -180,7 +184,7 @@ class Window:
                 of_head = _rolled(row(h)[:, columns.own :], h * columns.shared)
                 shared = jnp.where(lane >= h * columns.shared, of_head, shared)
             tiles.append(shared)
-        return jnp.where(self.queries_inside(item), jnp.concatenate(tiles, axis=1), tm.UNSEEN)
+        return jnp.where(self.queries_inside(item, part), jnp.concatenate(tiles, axis=1), tm.UNSEEN)
 
     def store(self, ref, lanes: slice, x: jax.Array) -> None:
         """Store [tile rows, lanes] of the ref's dtype without touching the rows before the tile's first sequence.

@@ -56,7 +56,7 @@ def mask_of_tile(
         if lengths_ref is not None:
             make_mask()
         if is_causal and tiling.is_long:
-            query = tm.query_rows(tiling.columns(item.group), len(item.group.heads), item.columns)
+            query = tm.query_rows(tiling.columns(item.group), len(item.group.heads), item.part)
             key = lax.broadcasted_iota(jnp.int32, logits.shape, 0) + rows.start
             logits = jnp.where(key <= query, logits, tm.MASKED)
         if unmasked.start <= rows.start and rows.stop <= unmasked.stop:

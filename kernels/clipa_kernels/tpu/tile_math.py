@@ -82,12 +82,20 @@ def query_rows(columns: Columns, heads: int, part: slice) -> jax.Array:
     return jnp.concatenate(tiles[part.start // LANES : part.stop // LANES], axis=1)
 
 
-def sum_over_keys(weights: jax.Array, x: jax.Array, heads: Heads, columns: Columns) -> jax.Array:
+def sum_over_keys(
+    weights: jax.Array, x: jax.Array, heads: Heads, columns: Columns, factors: jax.Array | None = None
+) -> jax.Array:
     """[keys, columns], [keys, lanes] -> [lanes, rows]: for each query, the sum of rows of `x`, head by head.
 
-    Columns of the result beyond the tile's rows may hold anything.
+    `factors` [1, columns]: what each query's sum is multiplied by. Columns of the result beyond the tile's rows may
+    hold anything.
     """
-    return _over_keys(lambda span, part: matmul(span, weights[:, part]), _turned(x, heads), heads, columns)
+
+    def product(span: jax.Array, part: slice) -> jax.Array:
+        total = matmul(span, weights[:, part])
+        return total if factors is None else total * factors[:, part]
+
+    return _over_keys(product, _turned(x, heads), heads, columns)
 
 
 def mean_over_keys(weights: jax.Array, x: jax.Array, heads: Heads, columns: Columns) -> tuple[jax.Array, jax.Array]:
@@ -96,16 +104,15 @@ def mean_over_keys(weights: jax.Array, x: jax.Array, heads: Heads, columns: Colu
     Rows of ones beside those of `x` have the matrix unit add up the weights too, rounded as it takes them: what a
     query's values have in common is then kept exactly.
     """
-    x = _turned(x, heads)
-    ones = jnp.ones((SUBLANES, x.shape[1]), x.dtype)
     totals = []
 
     def mean(span: jax.Array, part: slice) -> jax.Array:
+        ones = jnp.ones((SUBLANES, span.shape[1]), span.dtype)
         both = matmul(jnp.concatenate([span, ones], axis=0), weights[:, part])
         totals.append(both[-1:])
         return both[:-SUBLANES] * (1 / jnp.maximum(both[-1:], TINY))
 
-    return _over_keys(mean, x, heads, columns), jnp.concatenate(totals, axis=1)
+    return _over_keys(mean, _turned(x, heads), heads, columns), jnp.concatenate(totals, axis=1)
 
 
 def _over_keys(product: Callable, turned: jax.Array, heads: Heads, columns: Columns) -> jax.Array:

@@ -15,9 +15,11 @@ from typing import Any
 
 LANES = 128
 SUBLANES = 8
-CHUNK = 2 * LANES  # columns of logits that are computed at a time
+CHUNK = 2 * LANES  # columns of logits that are computed at a time, or rows
+RIDERS = 2 * SUBLANES  # lanes beside a head's that take part in its logits, where keys lie across
 FORWARD_STAGES = 3
 BACKWARD_STAGES = 5
+ACROSS_STAGES = 4  # of the backward in `across_tiles`
 ROLLING_PASSES = 4  # of a loop whose passes overlap, at least
 
 
@@ -51,6 +53,30 @@ class Columns:
     total: int
 
 
+def riders_of(group: HeadGroup) -> int | None:
+    """First of `RIDERS` lanes beside those of a group's one head, from a multiple of 16 on; None if there are none."""
+    ((start, stop),) = group.heads
+    first = 0 if start >= RIDERS else round_up(stop, RIDERS)
+    return first if first + RIDERS <= group.width else None
+
+
+def can_lie_across(groups: tuple[HeadGroup, ...], tile_rows: int) -> bool:
+    """Whether `across_tiles` can take these groups: one head each, of whole registers, with lanes to spare.
+
+    No columns are shared then, and some have no query: of a query of zeros, the forward makes the mean of the values.
+    """
+    return (
+        tile_rows > LANES
+        and tile_rows % LANES > LANES // 2
+        and all(
+            group.width % LANES == 0
+            and riders_of(group) is not None
+            and all(edge % RIDERS == 0 for edge in group.heads[0])
+            for group in groups
+        )
+    )
+
+
 def columns_of(rows: int, heads: int) -> Columns:
     """The columns of a group of `heads` heads in a tile of `rows` rows."""
     rest = rows % LANES
@@ -68,7 +94,8 @@ class Tiling:
     `unroll` tiles are worked on in one pass of the loop. `lags` and `spread` say how far the stages of the work stand
     apart: softmax and first product behind the logits, and the backward's three products behind each other.
     With `looped_heads` the loop goes over that many heads too, one group standing for all of them: code for long
-    sequences is too large to repeat for each head.
+    sequences is too large to repeat for each head. `keys_across`: the logits of the backward have queries along rows,
+    see `across_tiles`; every group is one head then.
     """
 
     length: int
@@ -81,6 +108,7 @@ class Tiling:
     lags: tuple[int, int] = (1, 4)
     looped_heads: int = 0
     spread: int = 0
+    keys_across: bool = False
 
     @property
     def block_rows(self) -> int:
@@ -107,14 +135,15 @@ class Tiling:
         """
         return self.is_long and not any(self.columns(group).shared for group in self.groups)
 
-    def chunks(self, group: HeadGroup) -> range:
-        """First columns of the pieces in which a group's logits are made: short ones leave registers for others."""
-        return range(0, self.columns(group).total, CHUNK)
+    def parts(self, group: HeadGroup) -> list[slice]:
+        """The columns (or rows: `Item`) in which a group's logits are made: short parts leave registers for others."""
+        total = self.tile_rows if self.keys_across else self.columns(group).total
+        return [slice(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
 
     @property
     def items(self) -> int:
-        """Pieces of logits in a pass of the loop."""
-        return self.unroll * sum(len(self.chunks(group)) for group in self.groups)
+        """Parts of logits in a pass of the loop."""
+        return self.unroll * sum(len(self.parts(group)) for group in self.groups)
 
     @property
     def steps(self) -> int:
@@ -134,10 +163,11 @@ class Tiling:
     def is_rolling(self, stages: int) -> bool:
         """Whether a pass of the loop ends what the pass before it began.
 
-        That needs as many items and head groups in a pass as are under way, and groups that share no lanes: sums of
-        several are kept in registers. With few passes, what the first does in vain costs more than the others gain.
+        That needs as many items and head groups in a pass as are under way, and groups that share no lanes, as sums of
+        several are kept in registers (in VMEM where `keys_across`). With few passes, what the first does in vain costs
+        more than the others gain.
         """
-        shared = not self.looped_heads and any(
+        shared = not (self.looped_heads or self.keys_across) and any(
             a.lane_tiles.stop > b.lane_tiles.start for a, b in itertools.pairwise(self.groups)
         )
         groups = self.unroll * len(self.groups)
@@ -151,12 +181,12 @@ class Tiling:
     def _groups_under_way(self, stages: int) -> int:
         """Head groups whose probabilities wait at once: from the stage that writes them to the last that reads them.
 
-        The backward of long tiles has them in its first stage, all others in the second.
+        The backward of long tiles writes them in its first stage, all others in the second.
         """
-        pieces = min(len(self.chunks(group)) for group in self.groups)
+        parts = min(len(self.parts(group)) for group in self.groups)
         _, second, *_, last = self.lags_of(stages)
-        written = 0 if self.is_long and stages == BACKWARD_STAGES else second
-        return (pieces - 1 + last - written) // pieces + 1
+        written = 0 if self.is_long and stages != FORWARD_STAGES else second
+        return (parts - 1 + last - written) // parts + 1
 
     def logits_places(self, stages: int) -> int:
         """In how many places logits wait for the vector unit."""
@@ -172,11 +202,18 @@ class Tiling:
 
     def waiting_shapes(self, stages: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """[places, keys, columns] of what waits for the vector unit, and of what waits for the products."""
+        number, rows, columns = self.products_shape(stages)
+        return (self.logits_places(stages), rows, min(columns, CHUNK)), (number, rows, columns)
+
+    def products_shape(self, stages: int) -> tuple[int, int, int]:
+        """[places, tile rows, columns] of what waits for the products."""
         width = max(self.columns(group).total for group in self.groups)
-        return (
-            (self.logits_places(stages), self.tile_rows, min(width, CHUNK)),
-            (self.products_places(stages), self.tile_rows, width),
-        )
+        return self.products_places(stages), self.tile_rows, width
+
+    @property
+    def head_dim(self) -> int:
+        start, stop = self.groups[0].heads[0]
+        return stop - start
 
     @property
     def heads(self) -> int:
