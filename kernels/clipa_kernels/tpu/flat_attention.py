@@ -156,7 +156,7 @@ def flat_attention(config: FlatAttention, query, key, value, lengths=None) -> ja
 
     Returns:
       [B * T, N * H], named "attention_output" for checkpoint policies. Of sequences whose tiles are long the backward
-      also takes what is named "attention_statistics", one number for each query and head; a policy that keeps both
-      runs the forward only once.
+      also takes what is named "attention_statistics": one number for each query and head, and where keys lie along
+      columns (577 tokens on v6e) an array like the output. A policy that keeps both runs the forward only once.
     """
     return checkpoint_name(_attention(config, query, key, value, lengths), "attention_output")
