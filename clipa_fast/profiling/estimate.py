@@ -56,7 +56,9 @@ def estimate_ops(module: Module, dumps: Mapping[str, str], chip: Chip) -> tuple[
             notes.append(f"less HBM traffic seen than operands have bytes, {seconds * 1e6:.0f} us: {_names(less)}")
     unknown = [name for name, execution in executions.items() if execution.unknown_branches]
     if unknown:
-        notes.append(f"branches on data counted as not skipped in {_names(unknown)}")
+        notes.append(
+            f"not known what branches on data skip; bytes are at most what XLA's time allows in {_names(unknown)}"
+        )
     return ops, find_collectives(module, counts), notes
 
 
@@ -98,21 +100,25 @@ def _estimate(
 ) -> Op:
     kind = "async" if asynchronous else op_kind(module, instruction)
     moved = hbm_bytes(module, computation, instruction)
+    # XLA's count is close for matrix work, and about twice too long for the rest.
+    xla_us = (instruction.estimated_cycles or 0) / (1 if kind == "matmul" else 2) / chip.clock_hz * 1e6
     bundle_us = mxu_us = cycle_us = 0.0
     trips = spills = 0
     if execution is not None:
         if not execution.unknown_sizes:
-            moved = round(execution.dma_bytes)
+            counted = round(execution.dma_bytes)
+            # Without what branches on data skip, it would be all fetches of a block, again and again.
+            at_most = max(moved, round(xla_us * 1e-6 * chip.hbm_bytes_per_second))
+            moved = min(counted, at_most) if execution.unknown_branches and xla_us else counted
         per_us = chip.clock_hz / 1e6
         bundle_us = execution.bundles / per_us
         mxu_us = execution.matmuls * chip.cycles_per_matmul / per_us
         cycle_us = execution.cycles / per_us
         trips = execution.trips
         spills = round(execution.spill_stores + execution.spill_loads)
-    elif instruction.estimated_cycles:
-        # XLA's count is close for matrix work, and about twice too long for the rest.
+    elif xla_us:
         basis = "xla"
-        cycle_us = bundle_us = instruction.estimated_cycles / (1 if kind == "matmul" else 2) / chip.clock_hz * 1e6
+        cycle_us = bundle_us = xla_us
     else:
         basis = "bytes"
         if instruction.opcode == "custom-call":

@@ -13,7 +13,6 @@ from clipa_kernels.tpu.block_table import TABLE
 from clipa_kernels.tpu.chips import CHIPS
 from clipa_kernels.tpu.tile_mask import tile_bias
 from clipa_kernels.tpu.tiling import (
-    ACROSS_STAGES,
     BACKWARD_STAGES,
     FORWARD_STAGES,
     LANES,
@@ -62,8 +61,7 @@ def test_tilings_cover_and_fit(sizes):
         return
     sizes["head_dim"] = lanes
     tiling = choose_tiling(**sizes)
-    stages = stages_of(tiling, sizes["stages"])
-    assert vmem_bytes(tiling, sizes["itemsize"], stages) <= sizes["chip"].vmem_bytes
+    assert vmem_bytes(tiling, sizes["itemsize"], sizes["stages"]) <= sizes["chip"].vmem_bytes
     assert sizes["batch"] % tiling.block_sequences == 0
     assert tiling.block_rows % 8 == 0
     assert tiling.tile_rows <= tiling.block_rows
@@ -71,7 +69,7 @@ def test_tilings_cover_and_fit(sizes):
     assert width % tiling.block_lanes == 0
     assert tiling.block_lanes in (width, tiling.block_lanes // LANES * LANES)
     assert tiling.block_lanes % sizes["head_dim"] == 0
-    check_places(tiling, stages)
+    check_places(tiling, sizes["stages"])
     for tile in range(tiling.tiles):
         first = min(tile * tiling.sequences, tiling.block_sequences - tiling.sequences) * tiling.length
         start = min(first // 8 * 8, tiling.block_rows - tiling.tile_rows)
@@ -79,10 +77,6 @@ def test_tilings_cover_and_fit(sizes):
         assert start <= first
         assert first - start < tiling.offsets
         assert first + tiling.sequences * tiling.length <= start + tiling.tile_rows
-
-
-def stages_of(tiling, direction):
-    return ACROSS_STAGES if tiling.keys_across else direction
 
 
 def check_places(tiling, stages):
@@ -95,15 +89,18 @@ def check_places(tiling, stages):
     # What lies in each place. The backward's second array is written by its second stage.
     logits, products = {}, [{}, {}]
     early = 0 if tiling.is_long and stages == BACKWARD_STAGES else 1
-    is_across = stages == ACROSS_STAGES  # both arrays are written by the first stage, all others read both
 
     def do(step, index, stage):
         group, part, parts = items[index]
         place = group % tiling.products_places(stages)
-        if is_across:
-            if stage == 0:
+        if tiling.keys_across:
+            # The first stage writes what all of the head's parts read, the second what the three after it read.
+            if stage == 0 and part == 0:
+                products[0][place, "head"] = step, group
+            if stage == 1:
                 products[0][place, part] = step, group
-            assert all(products[0][place, each] == (step, group) for each in parts[: parts.index(part) + 1])
+            seen = ["head", *parts[: parts.index(part) + 1]] if stage else ["head"]
+            assert all(products[0][place, each] == (step, group) for each in seen)
             return
         if stage == 0:
             logits[index % tiling.logits_places(stages)] = step, index
@@ -131,11 +128,13 @@ def check_places(tiling, stages):
 def test_the_table_holds_for_any_batch(call, batch):
     chip, dtype, length, head_dim = call
     sizes = padded_batch(batch, length), length, 12, head_dim, {"bfloat16": 2, "float32": 4}[dtype]
-    for direction in (FORWARD_STAGES, BACKWARD_STAGES):
-        tiling = choose_tiling(*sizes, direction, CHIPS[chip])
-        stages = stages_of(tiling, direction)
-        assert tiling.keys_across == (Settings(*TABLE[call]).keys_across and direction == BACKWARD_STAGES)
-        assert vmem_bytes(tiling, sizes[-1], stages, keeps_deviations=True) <= CHIPS[chip].vmem_bytes
+    for stages in (FORWARD_STAGES, BACKWARD_STAGES):
+        tiling = choose_tiling(*sizes, stages, CHIPS[chip])
+        assert tiling.keys_across == (Settings(*TABLE[call]).keys_across and stages == BACKWARD_STAGES)
+        assert (
+            vmem_bytes(tiling, sizes[-1], stages, has_deviations=Settings(*TABLE[call]).keys_across)
+            <= CHIPS[chip].vmem_bytes
+        )
         assert tiling.passes >= Settings(*TABLE[call]).passes
         assert tiling.block_rows <= max(MAX_ROWS, 16 * length)
         check_places(tiling, stages)
@@ -193,7 +192,7 @@ def test_keys_lie_across_only_where_they_can():
         tiling = choose_tiling(
             padded_batch(64, length), length, num_heads, head_dim, itemsize, stages, CHIPS["v6e"], wish
         )
-        check_places(tiling, stages_of(tiling, stages))
+        check_places(tiling, stages)
         return tiling.keys_across
 
     assert lies()

@@ -145,3 +145,28 @@ def test_a_dump_that_moves_less_than_its_operands_is_told(module):
     # The twelve slices that fusion.2 reads are nowhere in this dump.
     _, _, notes = estimate_ops(module, {"fusion.2": "     0   :  {}\n"}, find_chip("v5e"))
     assert any(note.startswith("less HBM traffic seen") and note.endswith("fusion.2") for note in notes)
+
+
+def test_fetches_that_depend_on_data_take_no_longer_than_xla_says():
+    """15,000 cycles are 10 us, in which a v5e moves 8.19 MB; the dump has 12.8 MB, part of which a branch may skip."""
+    dump = """
+     0   :  { %51 = sbr.rel (%p9_p1) target = $region9 }
+   0x1   :  {}
+   0x2   :  {}
+   0x3   :  {}
+   0x4   :  {}
+   0x5   :  { %52 = dma.hbm_to_vmem [thread:$0] /*hbm=*/%s5_s2, /*size_in_granules=*/400000, /*vmem=*/%s6_s2 }
+   0x6   :  {} /* Start/End empty region 9 */
+"""
+    matmul = {op.name: op for op in estimate_ops(parse_module(SCAN), {"fusion.2": dump}, find_chip("v5e"))[0]}[
+        "fusion.2"
+    ]
+    assert matmul.time_us == pytest.approx(12 * 10.0, rel=1e-6)
+    assert matmul.hbm_bytes == pytest.approx(12 * 819e9 * 10e-6, rel=1e-6)
+    known = dump.replace("(%p9_p1) ", "")
+    matmul = {op.name: op for op in estimate_ops(parse_module(SCAN), {"fusion.2": known}, find_chip("v5e"))[0]}[
+        "fusion.2"
+    ]
+    assert matmul.hbm_bytes == 0  # the branch is always taken
+    _, _, notes = estimate_ops(parse_module(SCAN), {"fusion.2": dump}, find_chip("v5e"))
+    assert any(note.startswith("not known what branches on data skip") for note in notes)

@@ -23,17 +23,17 @@ from jax import lax
 from clipa_kernels.tpu import tile_math as tm
 from clipa_kernels.tpu.compat import pl, pltpu
 from clipa_kernels.tpu.tile_loop import Item, Window, for_tiles, products_place
-from clipa_kernels.tpu.tiling import ACROSS_STAGES, CHUNK, LANES, RIDERS, HeadGroup, Tiling, riders_of
+from clipa_kernels.tpu.tiling import BACKWARD_STAGES, CHUNK, LANES, RIDERS, HeadGroup, Tiling, riders_of
 
-# In which order the compiler meets the stages of a step: score, for_value, for_key, for_query. Found by trying.
-ORDER = (1, 2, 0, 3)
+# In which order the compiler meets the stages of a step: prepare, score, for_value, for_key, for_query. By trial.
+ORDER = (0, 2, 3, 1, 4)
 PARTS = 3  # bfloat16 numbers that hold a float32
 
 
 def backward_scratch(tiling: Tiling, dtype) -> list:
     """VMEM for probabilities and gradients of logits; for what the products take of a head: queries and gradients of
     the output, keys and values turned, and the former two turned; and for sums of gradients."""
-    number, rows, columns = tiling.products_shape(ACROSS_STAGES)
+    number, rows, columns = tiling.products_shape(BACKWARD_STAGES)
     width = max(group.width for group in tiling.groups)
     return [
         *[pltpu.VMEM((number, rows, columns), dtype)] * 2,
@@ -82,8 +82,11 @@ def backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: 
             beside = _stacked([*[jnp.ones(added.shape, jnp.float32)] * PARTS, added]).astype(dtype)
             return _at_rows(group.width, (group.heads[0][0], x), (_riders(group), beside))
 
-        def prepare(item: Item, place: int) -> None:
+        def prepare(item: Item) -> None:
             """Leave what the products take of a head."""
+            if item.part.start > 0:
+                return
+            place, *_ = products_place(probs_ref, item, slice(None))
             group, lanes = item.group, slice(0, item.group.width)
             inside = keys_inside()
             d_out = turned(d_out_ref, group)
@@ -101,8 +104,6 @@ def backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: 
         def score(item: Item):
             place, rows, _ = products_place(probs_ref, item, slice(None))
             lanes, rows = slice(0, item.group.width), item.part
-            if rows.start == 0:
-                prepare(item, place)
             for piece in pieces:
                 logits = tm.matmul(queries_ref[place, rows, lanes], keys_ref[place, lanes, piece])
                 d_probs = tm.matmul(d_outs_ref[place, rows, lanes], values_ref[place, lanes, piece])
@@ -152,9 +153,9 @@ def backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: 
                     x = (sums_ref[gradient, lanes] * scale).astype(dtype)
                     window.store(gradient_refs[gradient], lanes, x.T[: tiling.tile_rows])
 
-        return score, for_value, for_key, for_query
+        return prepare, score, for_value, for_key, for_query
 
-    for_tiles(tiling, ACROSS_STAGES, work, ORDER)
+    for_tiles(tiling, BACKWARD_STAGES, work, ORDER)
 
 
 def _riders(group: HeadGroup) -> int:

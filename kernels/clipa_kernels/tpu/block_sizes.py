@@ -5,7 +5,6 @@ from typing import NamedTuple
 from clipa_kernels.tpu.block_table import TABLE
 from clipa_kernels.tpu.chips import Chip
 from clipa_kernels.tpu.tiling import (
-    ACROSS_STAGES,
     BACKWARD_STAGES,
     CHUNK,
     FORWARD_STAGES,
@@ -63,14 +62,14 @@ def settings_for(chip: str, itemsize: int, length: int, head_dim: int) -> Settin
     return next(settings for longest, settings in DEFAULTS.items() if length <= longest)
 
 
-def vmem_bytes(tiling: Tiling, itemsize: int, stages: int, keeps_deviations: bool = False) -> int:
+def vmem_bytes(tiling: Tiling, itemsize: int, stages: int, has_deviations: bool = False) -> int:
     """VMEM that a kernel of so many stages takes: operands and results twice, for loads and stores under way."""
     lanes = round_up(tiling.block_lanes, LANES)
-    tensors = {FORWARD_STAGES: 4 + keeps_deviations, BACKWARD_STAGES: 7, ACROSS_STAGES: 8}[stages]
+    tensors = {FORWARD_STAGES: 4, BACKWARD_STAGES: 7}[stages] + has_deviations
     blocks = 2 * tensors * round_up(tiling.block_rows, 8) * lanes * itemsize
     places, rows, columns = tiling.products_shape(stages)
     products = 2 * places * rows * columns * itemsize
-    if stages == ACROSS_STAGES:  # operands wait instead
+    if tiling.keys_across:  # operands wait instead
         width = max(group.width for group in tiling.groups)
         logits = 2 * places * (rows * width + columns * (width + tiling.head_dim)) * itemsize
     else:
@@ -110,7 +109,7 @@ def choose_tiling(
     across = itemsize == 2 and _lies_across(length, num_heads, head_dim, chip, settings)
     is_across = across and stages == BACKWARD_STAGES
     if is_across:
-        stages, lags = ACROSS_STAGES, (lags[1], lags[1])
+        lags = 1, 1 + lags[1]
     smallest = _smallest_block(length)
     most_rows = MAX_ROWS if smallest * length <= MAX_ROWS else 2 * smallest * length
     width = num_heads * head_dim

@@ -19,7 +19,6 @@ CHUNK = 2 * LANES  # columns of logits that are computed at a time, or rows
 RIDERS = 2 * SUBLANES  # lanes beside a head's that take part in its logits, where keys lie across
 FORWARD_STAGES = 3
 BACKWARD_STAGES = 5
-ACROSS_STAGES = 4  # of the backward in `across_tiles`
 ROLLING_PASSES = 4  # of a loop whose passes overlap, at least
 
 
@@ -185,7 +184,7 @@ class Tiling:
         """
         parts = min(len(self.parts(group)) for group in self.groups)
         _, second, *_, last = self.lags_of(stages)
-        written = 0 if self.is_long and stages != FORWARD_STAGES else second
+        written = 0 if self.is_long and stages == BACKWARD_STAGES else second
         return (parts - 1 + last - written) // parts + 1
 
     def logits_places(self, stages: int) -> int:
