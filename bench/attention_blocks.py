@@ -50,8 +50,9 @@ def estimate(chip: str, dtype: str, length: int, num_heads: int, head_dim: int, 
     fixed = functools.partial(functools.partial, scale=0.1, is_causal=False, vmem_bytes=kind.vmem_bytes + (8 << 20))
 
     def run(query, key, value, d_out):
-        keep = {"keep_statistics": True, "keep_deviations": backward.keys_across}
+        keep = {"keep_statistics": True, "keep_remainders": backward.keys_across}
         output, *statistics = fixed(tile_attention.forward, tiling=forward, **keep)(query, key, value, None)
+        statistics += [output] * backward.keys_across
         return output, fixed(tile_attention.backward, tiling=backward)(query, key, value, d_out, statistics, None)
 
     started = time.process_time()

@@ -6,9 +6,9 @@ of a query and from the gradients of its probabilities would have to be spread a
 head's instead, which are zeros otherwise, against ones beside keys and values. So does the mask of the keys.
 
 The sum of probabilities times their gradients, which is subtracted from the latter, is that of the output times its
-gradient. The rounded output would do where values have little in common. So the mean of a sequence's values is taken
-from them first, which changes no gradient, and the forward leaves the output without it, rounded after that. All this
-is for bfloat16: in float32 what the forward's probabilities and these differ by would count.
+gradient. The rounded output would not do where the values that a query attends to have much in common, so the forward
+also leaves what rounding took from it. All this is for bfloat16: in float32 what the forward's probabilities and these
+differ by would count.
 
 Stages yield after each piece of the columns: those under way take turns, and the products of one hide how long
 another's weights take to get into the matrix unit.
@@ -45,11 +45,11 @@ def backward_scratch(tiling: Tiling, dtype) -> list:
 
 
 def backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: bool, *refs):
-    """Refs: lengths if there are any, query, key, value, gradient of the output, the forward's statistics and
-    deviations; gradients of query, key, value; then `backward_scratch`."""
+    """Refs: lengths if there are any, query, key, value, gradient of the output, the forward's statistics, remainders
+    and output; gradients of query, key, value; then `backward_scratch`."""
     factor = scale / math.log(2)
     lengths_ref, refs = refs[0] if has_lengths else None, refs[has_lengths:]
-    query_ref, key_ref, value_ref, d_out_ref, statistics_ref, deviations_ref, *refs = refs
+    query_ref, key_ref, value_ref, d_out_ref, statistics_ref, remainders_ref, out_ref, *refs = refs
     gradient_refs, (probs_ref, d_logits_ref, *refs, sums_ref) = refs[:3], refs[3:]
     queries_ref, d_outs_ref, keys_ref, values_ref, turned_queries_ref, turned_d_outs_ref = refs
     dtype, columns = query_ref.dtype, probs_ref.shape[2]
@@ -88,18 +88,16 @@ def backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: 
                 return
             place, *_ = products_place(probs_ref, item, slice(None))
             group, lanes = item.group, slice(0, item.group.width)
-            inside = keys_inside()
             d_out = turned(d_out_ref, group)
             turned_d_outs_ref[place], turned_queries_ref[place] = d_out, turned(query_ref, group)
-            deviations = turned(deviations_ref, group).astype(jnp.float32)
-            delta = jnp.sum(d_out.astype(jnp.float32) * deviations, axis=0, keepdims=True)
+            out = turned(out_ref, group).astype(jnp.float32) + turned(remainders_ref, group).astype(jnp.float32)
+            delta = jnp.sum(d_out.astype(jnp.float32) * out, axis=0, keepdims=True)
             sums = window.load_statistics(statistics_ref, item, slice(0, columns))
             queries_ref[place, :, lanes] = with_riders(query_ref, group, sums / factor)
             d_outs_ref[place, :, lanes] = with_riders(d_out_ref, group, delta)
-            hidden = jnp.where(inside, 0, tm.MASKED)
+            hidden = jnp.where(keys_inside(), 0, tm.MASKED)
             keys_ref[place, lanes] = against_riders(turned(key_ref, group), group, hidden)
-            value = _centred(turned(value_ref, group), inside)
-            values_ref[place, lanes] = against_riders(value, group, jnp.zeros_like(hidden))
+            values_ref[place, lanes] = against_riders(turned(value_ref, group), group, jnp.zeros_like(hidden))
 
         def score(item: Item):
             place, rows, _ = products_place(probs_ref, item, slice(None))
@@ -162,13 +160,6 @@ def _riders(group: HeadGroup) -> int:
     first = riders_of(group)
     assert first is not None, "can_lie_across() lets through only groups with lanes to spare"
     return first
-
-
-def _centred(value: jax.Array, inside: jax.Array) -> jax.Array:
-    """[lanes, columns]: without the mean of the columns `inside`."""
-    exactly, weights = value.astype(jnp.float32), inside.astype(jnp.float32)
-    count = jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1)
-    return (exactly - jnp.sum(exactly * weights, axis=1, keepdims=True) / count).astype(value.dtype)
 
 
 def _exact_parts(x: jax.Array) -> list[jax.Array]:

@@ -62,10 +62,10 @@ def settings_for(chip: str, itemsize: int, length: int, head_dim: int) -> Settin
     return next(settings for longest, settings in DEFAULTS.items() if length <= longest)
 
 
-def vmem_bytes(tiling: Tiling, itemsize: int, stages: int, has_deviations: bool = False) -> int:
+def vmem_bytes(tiling: Tiling, itemsize: int, stages: int, has_remainders: bool = False) -> int:
     """VMEM that a kernel of so many stages takes: operands and results twice, for loads and stores under way."""
     lanes = round_up(tiling.block_lanes, LANES)
-    tensors = {FORWARD_STAGES: 4, BACKWARD_STAGES: 7}[stages] + has_deviations
+    tensors = {FORWARD_STAGES: 4 + has_remainders, BACKWARD_STAGES: 7 + 2 * has_remainders}[stages]
     blocks = 2 * tensors * round_up(tiling.block_rows, 8) * lanes * itemsize
     places, rows, columns = tiling.products_shape(stages)
     products = 2 * places * rows * columns * itemsize

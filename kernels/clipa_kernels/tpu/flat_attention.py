@@ -103,7 +103,7 @@ def _run_forward(
         value,
         lengths,
         keep_statistics=keep_statistics,
-        keep_deviations=keep_statistics and across,
+        keep_remainders=keep_statistics and across,
         **call.options(),
     )
     return [call.unpad(x) for x in results]
@@ -133,7 +133,10 @@ def _forward(config: FlatAttention, query, key, value, lengths):
         for x, name in ((query, "attention_query"), (key, "attention_key"), (value, "attention_value"))
     )
     output, *statistics = _call(_forward_for_backward, config, (query, key, value), lengths)
+    output = checkpoint_name(output, "attention_output")
     statistics = [checkpoint_name(x, "attention_statistics") for x in statistics]
+    if len(statistics) == 2:  # remainders say nothing without the output
+        statistics.append(output)
     return output, (query, key, value, statistics, lengths)
 
 
@@ -157,6 +160,7 @@ def flat_attention(config: FlatAttention, query, key, value, lengths=None) -> ja
     Returns:
       [B * T, N * H], named "attention_output" for checkpoint policies. Of sequences whose tiles are long the backward
       also takes what is named "attention_statistics": one number for each query and head, and where keys lie along
-      columns (577 tokens on v6e) an array like the output. A policy that keeps both runs the forward only once.
+      columns (577 tokens on v6e) an array like the output, beside the output itself. A policy that keeps both runs the
+      forward only once.
     """
-    return checkpoint_name(_attention(config, query, key, value, lengths), "attention_output")
+    return _attention(config, query, key, value, lengths)

@@ -64,24 +64,24 @@ def forward_kernel(
     is_causal: bool,
     has_lengths: bool,
     keep_statistics: bool,
-    keep_deviations: bool,
+    keep_remainders: bool,
     *refs,
 ):
-    """Refs: lengths if there are any, query, key, value, bias; output, statistics and deviations if they are kept; then
+    """Refs: lengths if there are any, query, key, value, bias; output, statistics and remainders if they are kept; then
     `forward_scratch` and the mask's."""
     factor = scale / math.log(2)
     lengths_ref, refs = refs[0] if has_lengths else None, refs[has_lengths:]
     query_ref, key_ref, value_ref, bias_ref, out_ref, *refs = refs
     statistics_ref, refs = refs[0] if keep_statistics else None, refs[keep_statistics:]
-    deviations_ref, refs = refs[0] if keep_deviations else None, refs[keep_deviations:]
+    remainders_ref, refs = refs[0] if keep_remainders else None, refs[keep_remainders:]
     logits_ref, top_ref, weights_ref, inverse_ref, sums_ref, *scratch = refs
-    exact = keep_statistics and not keep_deviations
+    exact = keep_statistics and not keep_remainders
 
     def work(tile, slot):
         window = Window(tiling, tile)
         mask = mask_of_tile(tiling, window, is_causal, bias_ref, lengths_ref, scratch, slot)
         out = LaneTiles(tiling, window, out_ref, 1, transposed=True)
-        deviations = LaneTiles(tiling, window, deviations_ref, 1, transposed=True)
+        remainders = LaneTiles(tiling, window, remainders_ref, 1, transposed=True)
 
         def log_sum(top, total):
             """log2 of the sums of exponentials from those of weights, [1, columns]."""
@@ -130,9 +130,8 @@ def forward_kernel(
             out.add(group, output)
             if statistics_ref is not None:
                 window.store_statistics(statistics_ref, item, sums)
-            if deviations_ref is not None:
-                # The last column has no query: zeros, for which all keys weigh the same.
-                deviations.add(group, output - output[:, -1:])
+            if remainders_ref is not None:
+                remainders.add(group, output - output.astype(out_ref.dtype).astype(jnp.float32))
 
         return score, weigh, combine
 

@@ -58,7 +58,7 @@ def forward(
     vmem_bytes: int,
     interpret=False,
     keep_statistics: bool = False,
-    keep_deviations: bool = False,
+    keep_remainders: bool = False,
 ) -> list[jax.Array]:
     """Attention of each sequence to itself.
 
@@ -71,18 +71,18 @@ def forward(
       vmem_bytes: how much the compiler may use.
       interpret: as of `pallas_call`.
       keep_statistics: return them, where tiles are long.
-      keep_deviations: return them too; only where the backward's tiling says `keys_across`.
+      keep_remainders: return them too; for a backward whose tiling says `keys_across`.
 
     Returns:
       The output; then, for the backward of long tiles, the log2 of each query's sum of exponentials,
-      [sequences, heads, 1, lanes] float32, a lane for each query of the sequence and some more; then the deviations of
-      the output from the mean of each sequence's values, [rows, lanes].
+      [sequences, heads, 1, lanes] float32, a lane for each query of the sequence and some more; then what
+      rounding took from the output, [rows, lanes].
     """
     fixed = tiling, scale, is_causal, lengths is not None
     results = "r"
     if tiling.is_long:
-        results += "s" * keep_statistics + "r" * keep_deviations
-        kernel = functools.partial(long_tiles.forward_kernel, *fixed, keep_statistics, keep_deviations)
+        results += "s" * keep_statistics + "r" * keep_remainders
+        kernel = functools.partial(long_tiles.forward_kernel, *fixed, keep_statistics, keep_remainders)
         scratch = long_tiles.forward_scratch(tiling, query.dtype)
     else:
         kernel = functools.partial(short_tiles.forward_kernel, *fixed)
@@ -109,8 +109,8 @@ def backward(
 
     Args: as of `forward`, and
       d_out: gradient of the output, [rows, lanes].
-      statistics: what the forward returned beside the output, in a list; empty where tiles are short. Deviations are
-        among them where the tiling says `keys_across`.
+      statistics: what the forward returned beside the output, in a list; empty where tiles are short. Where the tiling
+        says `keys_across`, remainders are among them, and the output comes last.
     """
     tiles = across_tiles if tiling.keys_across else long_tiles if tiling.is_long else short_tiles
     kernel = functools.partial(tiles.backward_kernel, tiling, scale, is_causal, lengths is not None)

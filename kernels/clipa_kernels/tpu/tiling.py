@@ -60,19 +60,10 @@ def riders_of(group: HeadGroup) -> int | None:
 
 
 def can_lie_across(groups: tuple[HeadGroup, ...], tile_rows: int) -> bool:
-    """Whether `across_tiles` can take these groups: one head each, of whole registers, with lanes to spare.
-
-    No columns are shared then, and some have no query: of a query of zeros, the forward makes the mean of the values.
-    """
-    return (
-        tile_rows > LANES
-        and tile_rows % LANES > LANES // 2
-        and all(
-            group.width % LANES == 0
-            and riders_of(group) is not None
-            and all(edge % RIDERS == 0 for edge in group.heads[0])
-            for group in groups
-        )
+    """Whether `across_tiles` can take these groups: one head each, of whole registers, with lanes to spare."""
+    return tile_rows > LANES and all(
+        group.width % LANES == 0 and riders_of(group) is not None and all(edge % RIDERS == 0 for edge in group.heads[0])
+        for group in groups
     )
 
 
