@@ -4,10 +4,11 @@ Its logits fill more registers than there are, so the vector unit takes them in 
 The forward divides the output, not the weights. It keeps one number for each query: the log2 of its sum of
 exponentials. With it the backward makes a probability from a logit alone. What it needs of all keys, the sum of
 probabilities times their gradients, it adds up itself: made from the rounded output, that sum would be wrong by a fifth
-of a gradient where values have much in common. (`across_tiles` is the backward that avoids both otherwise.)
+of a gradient where values have much in common. For that it needs probabilities that add up to 1 before they are
+rounded.
 
-That backward needs probabilities that add up to 1 before they are rounded. Elsewhere the matrix unit sums up the
-rounded weights, beside the output.
+Where that backward does not follow, the matrix unit sums up the rounded weights, beside the output. For the other
+backward, `across_tiles`, the forward also keeps what rounding took from the output: both together are exact enough.
 """
 
 import itertools
