@@ -57,7 +57,8 @@ def estimate_ops(module: Module, dumps: Mapping[str, str], chip: Chip) -> tuple[
     unknown = [name for name, execution in executions.items() if execution.unknown_branches]
     if unknown:
         notes.append(
-            f"not known what branches on data skip; bytes are at most what XLA's time allows in {_names(unknown)}"
+            "not known what branches on data skip; bytes are at most what XLA's time allows, where it tells one, in "
+            + _names(unknown)
         )
     return ops, find_collectives(module, counts), notes
 
@@ -101,7 +102,7 @@ def _estimate(
     kind = "async" if asynchronous else op_kind(module, instruction)
     moved = hbm_bytes(module, computation, instruction)
     # XLA's count is close for matrix work, and about twice too long for the rest.
-    xla_us = (instruction.estimated_cycles or 0) / (1 if kind == "matmul" else 2) / chip.clock_hz * 1e6
+    xla_us = instruction.estimated_cycles / (1 if kind == "matmul" else 2) / chip.clock_hz * 1e6
     bundle_us = mxu_us = cycle_us = 0.0
     trips = spills = 0
     if execution is not None:

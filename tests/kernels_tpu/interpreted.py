@@ -1,11 +1,12 @@
 """Runs the TPU kernels on a CPU: interpreted, with race detection, and NaN in memory nobody has written yet."""
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clipa_kernels import attention_xla, reference
+from clipa_kernels import attention_xla, flat_attention, reference
 from clipa_kernels.attention_problem import AttentionOperands, describe_flat_attention
 from clipa_kernels.tpu.compat import pltpu
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the only place that tells of races
@@ -24,6 +25,18 @@ def interpreter():
         assert races is None or not races.races_found
     finally:
         pltpu.reset_tpu_interpret_mode_state()
+
+
+def tpu(num_heads, seq_len, lengths=None, **options):
+    """`flat_attention` by the TPU kernels, of query, key and value."""
+    return functools.partial(
+        flat_attention,
+        num_heads=num_heads,
+        seq_len=seq_len,
+        key_value_seq_lengths=lengths,
+        implementation="tpu",
+        **options,
+    )
 
 
 def random_operands(seed: int, batch: int, seq_len: int, num_heads: int, head_dim: int, dtype) -> list[jax.Array]:

@@ -3,19 +3,16 @@
 Through the public function, at a length for which a row of the table wishes for it.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clipa_kernels import flat_attention
 from clipa_kernels.tpu import across_tiles, block_sizes
 from clipa_kernels.tpu.block_sizes import Settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .interpreted import assert_close, interpreter, random_operands
+from .interpreted import assert_close, interpreter, random_operands, tpu
 
 BF16 = jnp.bfloat16
 LENGTH = 202  # tiles of 208 rows, in which a sequence starts at row 0, 2, 4 or 6
@@ -40,11 +37,6 @@ def backwards(monkeypatch):
     monkeypatch.setattr(across_tiles, "backward_kernel", counted)
     yield calls
     assert calls
-
-
-def tpu(num_heads, seq_len, lengths=None, **options):
-    fixed = {"num_heads": num_heads, "seq_len": seq_len, "key_value_seq_lengths": lengths, "implementation": "tpu"}
-    return functools.partial(flat_attention, **fixed, **options)
 
 
 def check(operands, num_heads, seq_len, lengths=None, **options):

@@ -1,31 +1,17 @@
 """The TPU kernels against the float64 reference, interpreted on a CPU."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clipa_kernels import flat_attention
 from clipa_kernels.tpu import tile_attention
 from clipa_kernels.tpu.tiling import BACKWARD_STAGES, Tiling, head_groups, looped_group, tile_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .interpreted import assert_close, interpreter, random_operands
+from .interpreted import assert_close, interpreter, random_operands, tpu
 
 BF16, F32 = jnp.bfloat16, jnp.float32
-
-
-def tpu(num_heads, seq_len, lengths=None, **options):
-    return functools.partial(
-        flat_attention,
-        num_heads=num_heads,
-        seq_len=seq_len,
-        key_value_seq_lengths=lengths,
-        implementation="tpu",
-        **options,
-    )
 
 
 @settings(deadline=None, max_examples=6)

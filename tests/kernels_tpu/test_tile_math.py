@@ -20,6 +20,7 @@ class Tile:
     columns: Columns
     weights: np.ndarray
     x: np.ndarray
+    factors: np.ndarray
 
     def heads(self):
         """(lanes, the column in which each row stands as a query) of each head."""
@@ -35,7 +36,8 @@ def tiles(draw):
     together, mxu = draw(st.sampled_from([(1, 128), (2, 128), (2, 256), (4, 256)]))
     group = draw(st.sampled_from(head_groups(8, head_dim, together, mxu)))
     columns, rng = columns_of(rows, len(group.heads)), np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    arrays = rng.uniform(size=(rows, columns.total)), rng.standard_normal((rows, group.width))
+    weights, factors = rng.uniform(size=(rows, columns.total)), rng.uniform(size=(1, columns.total))
+    arrays = weights, rng.standard_normal((rows, group.width)), factors
     return Tile(group, columns, *(array.astype(np.float32) for array in arrays))
 
 
@@ -59,8 +61,8 @@ def assert_close(found, wanted, rows):
 def test_sums_over_keys(tile):
     rows, width = tile.x.shape
 
-    def sums(*operands):
-        return tile_math.sum_over_keys(*operands)[:, :rows]
+    def sums(weights, x, factors, heads, columns):
+        return tile_math.sum_over_keys(weights, x, heads, columns, factors)[:, :rows]
 
     def means(*operands):
         return tile_math.mean_over_keys(*operands)[0][:, :rows]
@@ -68,14 +70,14 @@ def test_sums_over_keys(tile):
     def totals(*operands):
         return tile_math.mean_over_keys(*operands)[1]
 
-    wanted, total = np.zeros((width, rows)), tile.weights.sum(axis=0, keepdims=True, dtype=np.float64)
+    wanted, mean = np.zeros((width, rows)), np.zeros((width, rows))
+    total = tile.weights.sum(axis=0, keepdims=True, dtype=np.float64)
     for lanes, columns in tile.heads():
-        wanted[lanes] = tile.x[:, lanes].T.astype(np.float64) @ tile.weights[:, columns]
-    assert_close(run(sums, tile, wanted.shape, tile.weights, tile.x), wanted, rows)
+        wanted[lanes] = tile.x[:, lanes].T.astype(np.float64) @ (tile.weights * tile.factors)[:, columns]
+        mean[lanes] = tile.x[:, lanes].T.astype(np.float64) @ (tile.weights / total)[:, columns]
+    assert_close(run(sums, tile, wanted.shape, tile.weights, tile.x, tile.factors), wanted, rows)
     assert_close(run(totals, tile, total.shape, tile.weights, tile.x), total, rows)
-    for lanes, columns in tile.heads():
-        wanted[lanes] /= total[:, columns]
-    assert_close(run(means, tile, wanted.shape, tile.weights, tile.x), wanted, 1)
+    assert_close(run(means, tile, mean.shape, tile.weights, tile.x), mean, 1)
 
 
 @settings(max_examples=30, deadline=None)

@@ -23,7 +23,7 @@ from jax import lax
 from clipa_kernels.tpu import tile_math as tm
 from clipa_kernels.tpu.compat import pl, pltpu
 from clipa_kernels.tpu.tile_loop import Item, Window, for_tiles, products_place
-from clipa_kernels.tpu.tiling import BACKWARD_STAGES, CHUNK, LANES, RIDERS, HeadGroup, Tiling, riders_of
+from clipa_kernels.tpu.tiling import BACKWARD_STAGES, LANES, RIDERS, HeadGroup, Tiling, chunks, riders_of
 
 # In which order the compiler meets the stages of a step: prepare, score, for_value, for_key, for_query. By trial.
 ORDER = (0, 2, 3, 1, 4)
@@ -53,7 +53,7 @@ def backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: 
     gradient_refs, (probs_ref, d_logits_ref, *refs, sums_ref) = refs[:3], refs[3:]
     queries_ref, d_outs_ref, keys_ref, values_ref, turned_queries_ref, turned_d_outs_ref = refs
     dtype, columns = query_ref.dtype, probs_ref.shape[2]
-    pieces = [slice(start, min(start + CHUNK, columns)) for start in range(0, columns, CHUNK)]
+    pieces = chunks(columns)
 
     def work(tile, slot):
         window = Window(tiling, tile)
@@ -100,7 +100,7 @@ def backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: 
             values_ref[place, lanes] = against_riders(turned(value_ref, group), group, jnp.zeros_like(hidden))
 
         def score(item: Item):
-            place, rows, _ = products_place(probs_ref, item, slice(None))
+            place, *_ = products_place(probs_ref, item, slice(None))
             lanes, rows = slice(0, item.group.width), item.part
             for piece in pieces:
                 logits = tm.matmul(queries_ref[place, rows, lanes], keys_ref[place, lanes, piece])
@@ -153,7 +153,7 @@ def backward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: 
 
         return prepare, score, for_value, for_key, for_query
 
-    for_tiles(tiling, BACKWARD_STAGES, work, ORDER)
+    for_tiles(tiling, BACKWARD_STAGES, work, ORDER, of_parts=BACKWARD_STAGES)
 
 
 def _riders(group: HeadGroup) -> int:

@@ -65,7 +65,7 @@ def settings_for(chip: str, itemsize: int, length: int, head_dim: int) -> Settin
 def vmem_bytes(tiling: Tiling, itemsize: int, stages: int, has_remainders: bool = False) -> int:
     """VMEM that a kernel of so many stages takes: operands and results twice, for loads and stores under way."""
     lanes = round_up(tiling.block_lanes, LANES)
-    tensors = {FORWARD_STAGES: 4 + has_remainders, BACKWARD_STAGES: 7 + 2 * has_remainders}[stages]
+    tensors = {FORWARD_STAGES: 4 + has_remainders, BACKWARD_STAGES: 7 + 2 * tiling.keys_across}[stages]
     blocks = 2 * tensors * round_up(tiling.block_rows, 8) * lanes * itemsize
     places, rows, columns = tiling.products_shape(stages)
     products = 2 * places * rows * columns * itemsize

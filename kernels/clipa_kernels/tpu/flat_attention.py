@@ -94,7 +94,6 @@ def _run_forward(
     config: FlatAttention, operands: tuple, lengths: jax.Array | None, keep_statistics: bool
 ) -> list[jax.Array]:
     call = _Padded(config, operands[0], FORWARD_STAGES)
-    across = _Padded(config, operands[0], BACKWARD_STAGES).tiling.keys_across
     lengths = lengths if lengths is None else call.pad(lengths)
     query, key, value = map(call.pad, operands)
     results = tile_attention.forward(
@@ -103,7 +102,7 @@ def _run_forward(
         value,
         lengths,
         keep_statistics=keep_statistics,
-        keep_remainders=keep_statistics and across,
+        keep_remainders=keep_statistics and _Padded(config, operands[0], BACKWARD_STAGES).tiling.keys_across,
         **call.options(),
     )
     return [call.unpad(x) for x in results]

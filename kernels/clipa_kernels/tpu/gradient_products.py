@@ -28,20 +28,18 @@ def gradient_products(
     d_key = LaneTiles(tiling, window, key_gradient_ref, scale, transposed=transposed)
     d_value = LaneTiles(tiling, window, value_gradient_ref, 1, transposed=transposed)
 
-    def add(gradient: LaneTiles, sum_up, ref, operand_ref, item: Item) -> None:
-        if not item.is_last:
-            return
+    def product(sum_up, ref, operand_ref, item: Item):
         group, columns = item.group, tiling.columns(item.group)
         weights = ref[products_place(ref, item, slice(0, columns.total))]
-        gradient.add(group, sum_up(weights, window.load(operand_ref, group), group.heads, columns))
+        return sum_up(weights, window.load(operand_ref, group), group.heads, columns)
 
     def for_value(item: Item):
-        add(d_value, sum_over_queries, probs_ref, d_out_ref, item)
+        d_value.add(item.group, product(sum_over_queries, probs_ref, d_out_ref, item))
 
     def for_key(item: Item):
-        add(d_key, sum_over_queries, d_logits_ref, query_ref, item)
+        d_key.add(item.group, product(sum_over_queries, d_logits_ref, query_ref, item))
 
     def for_query(item: Item):
-        add(d_query, tm.sum_over_keys, d_logits_ref, key_ref, item)
+        d_query.add(item.group, product(tm.sum_over_keys, d_logits_ref, key_ref, item))
 
     return for_value, for_key, for_query

@@ -117,8 +117,6 @@ def forward_kernel(
                 sums_ref[place, :, own] = top
 
         def combine(item: Item):
-            if not item.is_last:
-                return
             group, columns = item.group, tiling.columns(item.group)
             place = products_place(weights_ref, item, slice(0, columns.total))
             value = window.load(value_ref, group)

@@ -47,8 +47,6 @@ def forward_kernel(tiling: Tiling, scale: float, is_causal: bool, has_lengths: b
             probs_ref[products_place(probs_ref, item, item.part)] = probs.astype(probs_ref.dtype)
 
         def combine(item: Item):
-            if not item.is_last:
-                return
             group, columns = item.group, tiling.columns(item.group)
             probs = probs_ref[products_place(probs_ref, item, slice(0, columns.total))]
             out.add(group, tm.sum_over_keys(probs, window.load(value_ref, group), group.heads, columns))

@@ -29,13 +29,13 @@ class Item:
     head: int | jax.Array
 
 
-def for_tiles(tiling: Tiling, stages: int, work: Callable, order: Sequence[int] = ()) -> None:
+def for_tiles(tiling: Tiling, stages: int, work: Callable, order: Sequence[int] = (), of_parts: int = 2) -> None:
     """Run the stages of every tile and head group of the block, pipelined; `work(tile, slot)` makes those of a tile.
 
     The compiler keeps roughly to the order of the program. So each stage of an item stands `lags` items after its
     first stage: the products of one item are under way while the vector unit does the softmax of another. What a
-    stage leaves for the next one waits in VMEM, in as many places as items are under way. Stages that take a whole
-    head group wait for its last part.
+    stage leaves for the next one waits in VMEM, in as many places as items are under way. The first `of_parts`
+    stages take every part of a head group, those that follow the whole group.
 
     Where `is_rolling`, a pass of the loop also ends what the pass before it began, so that the matrix unit does not
     run dry between them. The first pass has none before it: it "ends" the first tile, from whatever VMEM holds. That
@@ -71,7 +71,8 @@ def for_tiles(tiling: Tiling, stages: int, work: Callable, order: Sequence[int] 
         for stage in order or range(stages):
             if 0 <= now - lags[stage] < len(items):
                 stages_of_tile, item = items[now - lags[stage]]
-                under_way.append(stages_of_tile[stage](item))
+                if stage < of_parts or item.is_last:
+                    under_way.append(stages_of_tile[stage](item))
         while under_way:
             under_way = [work for work in under_way if work is not None and next(work, work) is not work]
 

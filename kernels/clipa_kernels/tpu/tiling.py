@@ -128,7 +128,7 @@ class Tiling:
     def parts(self, group: HeadGroup) -> list[slice]:
         """The columns (or rows: `Item`) in which a group's logits are made: short parts leave registers for others."""
         total = self.tile_rows if self.keys_across else self.columns(group).total
-        return [slice(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
+        return chunks(total)
 
     @property
     def items(self) -> int:
@@ -225,6 +225,11 @@ class Tiling:
         """Rows, whole registers of them, that belong to a tile's one sequence wherever it starts."""
         start = round_up(self.offsets - 1, SUBLANES)
         return slice(start, max(start, self.length // SUBLANES * SUBLANES))
+
+
+def chunks(total: int) -> list[slice]:
+    """So many rows or columns, `CHUNK` at a time."""
+    return [slice(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
 
 
 def round_up(x: int, multiple: int) -> int:
