@@ -3,7 +3,7 @@
     python -m bench attention_blocks --chips v5e v6e --lengths 197 257 --head-dims 64
 
 For each chip, length and head_dim it compiles forward and backward with each candidate, prints what they are estimated
-to take, and writes the fastest into kernels/clipa_kernels/tpu/block_table.py, beside the rows that are there. A
+to take, and writes the fastest into `block_table.py`, beside the rows that are there. A
 candidate must compile in 20 seconds of CPU time. The default settings of a length are always among the candidates, and
 where nothing beats them by 1 % no row is written.
 """
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from clipa_kernels.tpu import block_table, tile_attention
-from clipa_kernels.tpu.block_sizes import DEFAULTS, Settings, choose_tiling, lanes_per_head, settings_for
+from clipa_kernels.attention.tpu import block_table, tile_attention
+from clipa_kernels.attention.tpu.block_sizes import DEFAULTS, Settings, choose_tiling, lanes_per_head, settings_for
+from clipa_kernels.attention.tpu.tiling import BACKWARD_STAGES, FORWARD_STAGES
 from clipa_kernels.tpu.chips import CHIPS
-from clipa_kernels.tpu.tiling import BACKWARD_STAGES, FORWARD_STAGES
 
 from bench.attention_static import LENGTHS, sequences_of
 from clipa_fast.profiling import compile_for_tpu

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from bench.machine import processor
 from clipa_fast.planning.devices import DEVICES
-from clipa_fast.profiling.chips import CHIPS
+from clipa_fast.profiling.static.chips import CHIPS
 
 _COPY_FLOATS = 2**25  # 128 MiB: larger than any cache
 _MATMUL = 1536

@@ -21,7 +21,7 @@ import numpy as np
 from bench.bounds import Limits, chip_limits, device_limits
 from bench.history import HISTORY, MEASURED, STATIC, Row, append
 from bench.machine import busy_seconds, own_seconds
-from clipa_fast.profiling.trace import record, run_times
+from clipa_fast.profiling.measured.trace import record, run_times
 
 STATIC_CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
 

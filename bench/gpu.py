@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import clipa_kernels.attention
+import clipa_kernels.attention.api
 import jax
 import jax.numpy as jnp
 import numpy as np
 from clipa_kernels import contrastive_loss, flat_attention, reference, sigmoid_loss, supports
-from clipa_kernels.attention_problem import AttentionOperands, describe_flat_attention
-from clipa_kernels.contrastive_problem import ContrastiveOperands, describe_contrastive_loss, describe_sigmoid_loss
+from clipa_kernels.attention.gpu import entry as gpu_attention
+from clipa_kernels.attention.spec import AttentionOperands, describe_flat_attention
+from clipa_kernels.contrastive.gpu import entry as gpu_contrastive
+from clipa_kernels.contrastive.spec import ContrastiveOperands, describe_contrastive_loss, describe_sigmoid_loss
 from clipa_kernels.dispatch import Implementation
-from clipa_kernels.gpu import attention as gpu_attention
-from clipa_kernels.gpu import contrastive as gpu_contrastive
 
 from bench.gpu_static import HEAD_DIMS, LENGTHS
 from bench.gpu_timing import Contender, Row, attention_bytes, copy_bandwidth, measure, plot, row, write
@@ -228,7 +228,7 @@ def loss_rows(scale: Scale) -> Iterator[Row]:
 def step_rows(scale: Scale) -> Iterator[Row]:
     """A train step with each attention; everything else is the same."""
     from clipa_fast.config import ModelConfig, StageConfig, TowerSize
-    from clipa_fast.train_step import init_params, init_state, make_train_step
+    from clipa_fast.training.step import init_params, init_state, make_train_step
 
     rng = np.random.default_rng(0)
     for name in scale.steps:
@@ -259,9 +259,9 @@ def step_rows(scale: Scale) -> Iterator[Row]:
 
 def only(name: str) -> Any:
     """A context in which attention is served by this implementation wherever it can, else by XLA."""
-    known: dict[str, Implementation] = {x.name: x for x in clipa_kernels.attention.IMPLEMENTATIONS}
+    known: dict[str, Implementation] = {x.name: x for x in clipa_kernels.attention.api.IMPLEMENTATIONS}
     chosen = tuple(dict.fromkeys((known[name], known["xla"])))
-    return mock.patch.object(clipa_kernels.attention, "IMPLEMENTATIONS", chosen)
+    return mock.patch.object(clipa_kernels.attention.api, "IMPLEMENTATIONS", chosen)
 
 
 def about_device() -> dict[str, Any]:

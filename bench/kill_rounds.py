@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-_COMMAND = [sys.executable, "-c", "from clipa_fast.cli import main; main()", "train"]
+_COMMAND = [sys.executable, "-c", "from clipa_fast.cli.main import main; main()", "train"]
 _WORDS = ("red", "green", "blue", "round", "square", "tall", "small", "dark", "light", "noisy")
 
 
@@ -141,7 +141,7 @@ def _parameters(run: Path) -> list[bytes]:
     import jax
 
     from clipa_fast.config import load_config
-    from clipa_fast.trainer import load_params
+    from clipa_fast.training.trainer import load_params
 
     params, _ = load_params(load_config(run / "config.yaml"), run)
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]

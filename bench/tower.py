@@ -19,7 +19,7 @@ from clipa_fast.model.costs import image_gmac
 from clipa_fast.model.mask_sizes import count_kept
 from clipa_fast.model.presets import grid_size, towers
 from clipa_fast.planning.stages import parse_stages
-from clipa_fast.train_step import init_params
+from clipa_fast.training.step import init_params
 
 
 def case(preset: str, short: str, batch: int, dtype: str, backward: bool, chip: str | None) -> Case:

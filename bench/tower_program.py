@@ -15,7 +15,7 @@ from clipa_kernels import explain, flat_attention, supports
 from clipa_fast.config import ModelConfig, StageConfig
 from clipa_fast.model import transformer
 from clipa_fast.model.presets import towers
-from clipa_fast.train_step import graph, init_params, init_state, make_train_step
+from clipa_fast.training.step import graph, init_params, init_state, make_train_step
 
 
 @contextlib.contextmanager

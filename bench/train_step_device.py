@@ -11,8 +11,8 @@ from clipa_fast.model.costs import num_parameters, pair_gmac
 from clipa_fast.model.mask_sizes import count_kept
 from clipa_fast.model.presets import grid_size, towers
 from clipa_fast.planning.stages import parse_stages
-from clipa_fast.planning.throughput import TRAIN_FLOPS_PER_MAC
-from clipa_fast.train_step import init_params, init_state
+from clipa_fast.planning.step_time import TRAIN_FLOPS_PER_MAC
+from clipa_fast.training.step import init_params, init_state
 
 
 def case(preset: str, short: str, batch: int, dtype: str, chip: str | None, remat: str = "none") -> Case:

@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 
-from clipa_fast.cpu_settings import prepare_cpu
+from clipa_fast.parallel.cpu_settings import prepare_cpu
 
 prepare_cpu()
 
@@ -13,7 +13,7 @@ import jax  # noqa: E402  (settings first, then jax's client)
 import numpy as np  # noqa: E402
 
 from clipa_fast.config import ModelConfig, StageConfig  # noqa: E402
-from clipa_fast.train_step import compile_train_step, init_params, init_state  # noqa: E402
+from clipa_fast.training.step import compile_train_step, init_params, init_state  # noqa: E402
 
 image_size, text_length, batch = map(int, sys.argv[1:])
 # The peer's convention, so that both compute the same function: exact GELU, stored positions.

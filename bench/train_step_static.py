@@ -21,9 +21,9 @@ import jax
 from clipa_fast.errors import UserError
 from clipa_fast.model.presets import grid_size, towers
 from clipa_fast.profiling import Profile, compile_for_tpu, prepare
-from clipa_fast.profiling.chips import find_chip, topology_name
-from clipa_fast.profiling.profile import STATIC_ESTIMATE
-from clipa_fast.profiling.programs import train_step_program, train_step_stage
+from clipa_fast.profiling.static.chips import find_chip, topology_name
+from clipa_fast.profiling.static.profile import STATIC_ESTIMATE
+from clipa_fast.profiling.static.programs import train_step_program, train_step_stage
 
 STEPS = ["B/16,112,16,2048", "H/14,84,8,128"]
 COLUMNS = (

@@ -17,13 +17,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from clipa_fast import cpu_settings
-from clipa_fast.checkpoint import Checkpoints
-from clipa_fast.cli import main
+from clipa_fast.cli.main import main
 from clipa_fast.config import load_config
-from clipa_fast.metrics import read_metrics
+from clipa_fast.parallel import cpu_settings
 from clipa_fast.recipes import RECIPES
-from clipa_fast.trainer import load_params
+from clipa_fast.run.checkpoint import Checkpoints
+from clipa_fast.run.metrics import read_metrics
+from clipa_fast.training.trainer import load_params
 
 WORDS = ["red", "green", "blue", "round", "square", "tall", "small", "dark", "light", "noisy"]
 STEPS = 20 + 12
@@ -82,7 +82,7 @@ def _process_as_it_is(monkeypatch):
 
 
 def command(*arguments):
-    return [sys.executable, "-c", "from clipa_fast.cli import main; main()", *map(str, arguments)]
+    return [sys.executable, "-c", "from clipa_fast.cli.main import main; main()", *map(str, arguments)]
 
 
 def environment():
@@ -293,7 +293,7 @@ def test_a_finished_run_started_again_does_nothing(workplace, finished, capsys):
 
 
 def test_flags_override_the_file_and_the_folder_remembers(workplace, tmp_path, monkeypatch):
-    from clipa_fast import commands
+    from clipa_fast.cli import train as commands
 
     seen = []
     monkeypatch.setattr(commands, "train_command", lambda config, folder, **_: seen.append((config, folder)))
@@ -335,7 +335,7 @@ def test_help(capsys, arguments):
 
 
 def test_a_stop_before_training_has_no_traceback(workplace, tmp_path, capsys, monkeypatch):
-    from clipa_fast import commands
+    from clipa_fast.cli import train as commands
 
     def stopped(*arguments, **options):
         raise KeyboardInterrupt
@@ -412,7 +412,7 @@ def assert_same_bits(ours, theirs):
 def test_cpu_settings_keep_the_flags_that_are_set(given):
     code = """
 import os
-from clipa_fast.cpu_settings import fuse_siblings
+from clipa_fast.parallel.cpu_settings import fuse_siblings
 fuse_siblings(); fuse_siblings()
 import jax, jax.numpy as jnp
 text = jax.jit(lambda x: (jnp.sin(x).sum(0), jnp.cos(x))).lower(jnp.ones((64, 64))).compile().as_text()

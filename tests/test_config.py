@@ -22,7 +22,7 @@ from clipa_fast.config import (
 from clipa_fast.errors import UserError
 from clipa_fast.model.costs import pair_gmac
 from clipa_fast.recipes import RECIPES
-from clipa_fast.run_checks import check_run
+from clipa_fast.run.checks import check_run
 
 # Without control characters: PyYAML itself does not read back U+0085.
 TEXTS = st.text(st.characters(exclude_categories=["C"]), max_size=8)

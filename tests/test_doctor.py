@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from clipa_fast.config import DataConfig, ModelConfig, RunConfig, StageConfig
-from clipa_fast.doctor import diagnose, doctor_command
 from clipa_fast.errors import UserError
+from clipa_fast.training.doctor import diagnose, doctor_command
 
 
 def rows(losses, norms=None, scales=None):

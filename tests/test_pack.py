@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clipa_fast.data.pack import pack
 from clipa_fast.data.shards import ShardSource
 from clipa_fast.errors import UserError
-from clipa_fast.pack import pack
 
 
 def picture(size, seed, kind="JPEG"):

@@ -62,7 +62,7 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheels):
     assert (tracked() or present) <= names
     assert {"clipa_fast/report/page.css", "clipa_fast/text/part_of_speech.txt"} <= names
     (entry_points,) = (wheels["standard"][name] for name in info if name.endswith("entry_points.txt"))
-    assert b"clipa-fast = clipa_fast.cli:main" in entry_points
+    assert b"clipa-fast = clipa_fast.cli.main:main" in entry_points
 
 
 def test_an_editable_install_puts_the_folder_of_links_on_the_path(wheels):
@@ -99,9 +99,10 @@ HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "clipa_kernels", "cv2"}
     "program",
     [
         "import clipa_fast.data.loader, clipa_fast.data.shards, clipa_fast.data.glyphs, clipa_fast.text.tokenizer",
-        "import clipa_fast.cli, clipa_fast.config, clipa_fast.recipes, clipa_fast.model.costs, clipa_fast.metrics",
-        "from clipa_fast.cli import main; main(['recipes'])",
-        "from clipa_fast.cli import main; main(['plan', '--check'])",
+        "import clipa_fast.cli.main, clipa_fast.config, clipa_fast.recipes",
+        "import clipa_fast.model.costs, clipa_fast.run.metrics",
+        "from clipa_fast.cli.main import main; main(['recipes'])",
+        "from clipa_fast.cli.main import main; main(['plan', '--check'])",
     ],
 )
 def test_data_workers_and_the_command_line_do_not_import_jax(program):
@@ -113,7 +114,7 @@ def test_data_workers_and_the_command_line_do_not_import_jax(program):
 def test_help_and_usage_errors_do_not_import_jax(command):
     program = (
         "import contextlib, io\n"
-        "from clipa_fast.cli import main\n"
+        "from clipa_fast.cli.main import main\n"
         "with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):\n"
         f"    with contextlib.suppress(SystemExit):\n        main({command})"
     )

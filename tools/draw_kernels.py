@@ -13,8 +13,8 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
-from clipa_kernels.tpu.tile_mask import tile_bias
-from clipa_kernels.tpu.tiling import LANES, SUBLANES, Tiling, columns_of, head_groups, tile_of
+from clipa_kernels.attention.tpu.tile_mask import tile_bias
+from clipa_kernels.attention.tpu.tiling import LANES, SUBLANES, Tiling, columns_of, head_groups, tile_of
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "images"
 

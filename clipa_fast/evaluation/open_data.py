@@ -11,7 +11,7 @@ from clipa_fast.errors import UserError
 from clipa_fast.evaluation.captions_file import read_captions
 from clipa_fast.evaluation.image_folder import ImageFolderSource
 from clipa_fast.evaluation.saved_dataset import SavedDatasetSource, is_saved_dataset
-from clipa_fast.run import open_source
+from clipa_fast.run.folder import open_source
 
 
 def open_evaluation_data(data: Sequence[str], captions: Path | None = None, split: str | None = None) -> Source:

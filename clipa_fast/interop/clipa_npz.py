@@ -14,7 +14,7 @@ from clipa_fast.interop.parameter_names import Put, clipa_places, model_shapes, 
 from clipa_fast.interop.tensors import Tensors
 from clipa_fast.model.architecture import CONVENTIONS
 from clipa_fast.model.presets import towers
-from clipa_fast.train_step import Params
+from clipa_fast.training.step import Params
 
 # Groups that hold the parameters, in the order that CLIPA's loader tries them; the root comes last.
 _GROUPS = ("params/", "opt/target/", "")

@@ -18,7 +18,7 @@ from clipa_fast.text.clip_bpe import PUBLISHED_SIZE, ClipBpeTokenizer
 from clipa_fast.text.file_tokenizer import FileTokenizer
 from clipa_fast.text.open_tokenizer import AnyTokenizer
 from clipa_fast.text.tokenizer import SPECIALS, WordPieceTokenizer
-from clipa_fast.train_step import Params
+from clipa_fast.training.step import Params
 
 _BERT_SIZE = 30_522
 

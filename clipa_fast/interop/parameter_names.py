@@ -17,7 +17,7 @@ import numpy as np
 from clipa_fast.config import ModelConfig
 from clipa_fast.errors import UserError
 from clipa_fast.interop.tensors import Tensor, Tensors
-from clipa_fast.train_step import Params, init_params
+from clipa_fast.training.step import Params, init_params
 
 Path = tuple[str, ...]
 Shape = tuple[int, ...]

@@ -23,7 +23,7 @@ from clipa_fast.interop.open_clip_config import Described
 from clipa_fast.interop.open_clip_export import make_folder
 from clipa_fast.interop.parameter_names import paths
 from clipa_fast.text.open_tokenizer import AnyTokenizer
-from clipa_fast.train_step import Params, graph
+from clipa_fast.training.step import Params, graph
 
 PLATFORMS = ("cpu", "tpu", "cuda")
 

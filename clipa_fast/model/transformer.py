@@ -15,8 +15,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from clipa_fast.config import ModelConfig, TowerSize
-from clipa_fast.mesh import gathered
 from clipa_fast.model.architecture import Architecture
+from clipa_fast.parallel.mesh import gathered
 
 _ZEROS = nnx.initializers.zeros_init()
 

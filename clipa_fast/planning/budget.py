@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from clipa_fast.errors import UserError
 from clipa_fast.planning.accuracy import Candidate, candidates
-from clipa_fast.planning.throughput import Throughput
+from clipa_fast.planning.step_time import Throughput
 
 
 @dataclass(frozen=True)

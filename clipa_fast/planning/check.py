@@ -13,7 +13,7 @@ from clipa_fast.planning.accuracy import compute_of
 from clipa_fast.planning.memory import memory_per_device
 from clipa_fast.planning.published import bills, chart_runs, published
 from clipa_fast.planning.stages import parse_stages, short_run
-from clipa_fast.planning.throughput import calibrated_on, paper_throughput
+from clipa_fast.planning.step_time import calibrated_on, paper_throughput
 
 BILL_TOLERANCE = 0.10
 CHART_TOLERANCE = 0.02

@@ -16,7 +16,7 @@ from clipa_fast.planning.accuracy import Accuracy, look_up
 from clipa_fast.planning.devices import Device
 from clipa_fast.planning.memory import USABLE, memory_per_device, smallest_slice
 from clipa_fast.planning.stages import short_run
-from clipa_fast.planning.throughput import TRAIN_FLOPS_PER_MAC, Throughput, outside
+from clipa_fast.planning.step_time import TRAIN_FLOPS_PER_MAC, Throughput, outside
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@
 a static estimate: nothing runs.
 """
 
-from clipa_fast.profiling.communication import Collective
-from clipa_fast.profiling.compile import compile_for_tpu, tpu_mesh
-from clipa_fast.profiling.libtpu import is_available, prepare
-from clipa_fast.profiling.profile import Op, Profile
-from clipa_fast.profiling.self_check import Check, format_checks, self_check
+from clipa_fast.profiling.static.communication import Collective
+from clipa_fast.profiling.static.compile import compile_for_tpu, tpu_mesh
+from clipa_fast.profiling.static.libtpu import is_available, prepare
+from clipa_fast.profiling.static.profile import Op, Profile
+from clipa_fast.profiling.static.self_check import Check, format_checks, self_check
 
 __all__ = [
     "Check",

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from clipa_fast.evaluation.ranking import Ranking
-from clipa_fast.metrics import read_metrics
 from clipa_fast.report.gallery import Gallery
+from clipa_fast.run.metrics import read_metrics
 
 Row = Mapping[str, Any]
 

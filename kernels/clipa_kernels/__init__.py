@@ -6,8 +6,8 @@ Needs jax and NumPy only; `clipa_kernels.flax`, imported on demand, needs flax. 
 `supports` whether a certain one can. `clipa_kernels.reference` holds the float64 meaning of each function.
 """
 
-from clipa_kernels.attention import dot_product_attention, flat_attention
-from clipa_kernels.contrastive import contrastive_loss, sigmoid_loss
+from clipa_kernels.attention.api import dot_product_attention, flat_attention
+from clipa_kernels.contrastive.api import contrastive_loss, sigmoid_loss
 from clipa_kernels.dispatch import Explanation, Support, default_implementation
 from clipa_kernels.explanation import explain, supports
 

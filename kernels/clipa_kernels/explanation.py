@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from clipa_kernels import attention, attention_problem, contrastive, contrastive_problem
+from clipa_kernels.attention import api as attention
+from clipa_kernels.attention import spec as attention_problem
+from clipa_kernels.contrastive import api as contrastive
+from clipa_kernels.contrastive import spec as contrastive_problem
 from clipa_kernels.dispatch import Explanation, Implementation, Support, choose, find
 
 _DESCRIBED: dict[Callable, tuple[Callable, tuple[Implementation, ...]]] = {

@@ -15,7 +15,7 @@ from bench.history import MEASURED, STATIC, Row, append, latest, read
 from clipa_fast.config import ModelConfig
 from clipa_fast.planning.devices import find_device
 from clipa_fast.planning.paper_shapes import attention_shapes, paper_lengths, tower_lengths, training_stages
-from clipa_fast.planning.throughput import throughput_for
+from clipa_fast.planning.step_time import throughput_for
 
 ROW = Row("loss", "ours", "forward+backward", {"batch": 64, "width": 8}, "float32", MEASURED, "cpu", "a CPU", 10.0)
 

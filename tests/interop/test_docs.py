@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipa_fast.cli import main
+from clipa_fast.cli.main import main
 
 from .peers import import_open_clip
 from .small_model import CAPTIONS

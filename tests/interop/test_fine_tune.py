@@ -8,12 +8,12 @@ import pytest
 
 from clipa_fast.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, StageConfig
 from clipa_fast.errors import UserError
-from clipa_fast.evaluate import EvaluationData, Protocol, eval_command
-from clipa_fast.metrics import read_metrics
-from clipa_fast.pretrained import open_pretrained, starting_params
-from clipa_fast.run import open_source, start_run
-from clipa_fast.train_step import resize_params
-from clipa_fast.trainer import train
+from clipa_fast.evaluation.evaluate import EvaluationData, Protocol, eval_command
+from clipa_fast.interop.pretrained import open_pretrained, starting_params
+from clipa_fast.run.folder import open_source, start_run
+from clipa_fast.run.metrics import read_metrics
+from clipa_fast.training.step import resize_params
+from clipa_fast.training.trainer import train
 
 from .small_model import LENGTH, SIDE
 

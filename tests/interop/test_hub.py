@@ -7,7 +7,7 @@ import types
 import pytest
 
 from clipa_fast.errors import UserError
-from clipa_fast.pretrained import open_pretrained
+from clipa_fast.interop.pretrained import open_pretrained
 
 
 class Missing(Exception):

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 import clipa_fast
-from clipa_fast.cli import main
+from clipa_fast.cli.main import main
 from clipa_fast.errors import UserError
-from clipa_fast.pretrained import open_pretrained
+from clipa_fast.interop.pretrained import open_pretrained
 
 from .small_model import CAPTIONS, LENGTH, SIDE
 

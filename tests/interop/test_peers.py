@@ -15,11 +15,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 from clipa_fast.errors import UserError  # noqa: E402
 from clipa_fast.evaluation.standard_figures import standard_retrieval, standard_zero_shot, top_k_indices  # noqa: E402
+from clipa_fast.inference.loaded_model import load  # noqa: E402
 from clipa_fast.interop.open_clip_config import Described, from_open_clip, to_open_clip  # noqa: E402
 from clipa_fast.interop.open_clip_export import export_open_clip  # noqa: E402
 from clipa_fast.interop.parameter_names import expected_tensors, model_shapes, open_clip_places, paths  # noqa: E402
-from clipa_fast.loaded_model import load  # noqa: E402
-from clipa_fast.pretrained import open_pretrained  # noqa: E402
+from clipa_fast.interop.pretrained import open_pretrained  # noqa: E402
 from clipa_fast.text.clip_bpe import ClipBpeTokenizer  # noqa: E402
 from clipa_fast.text.tokenizer import WordPieceTokenizer  # noqa: E402
 

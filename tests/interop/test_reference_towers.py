@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from clipa_kernels import contrastive_loss, flat_attention, gpu
-from clipa_kernels.attention_problem import AttentionOperands, describe_flat_attention
-from clipa_kernels.contrastive_problem import ContrastiveOperands, describe_contrastive_loss
+from clipa_kernels.attention.spec import AttentionOperands, describe_flat_attention
+from clipa_kernels.contrastive.spec import ContrastiveOperands, describe_contrastive_loss
 from flax import nnx
 from safetensors.numpy import load_file
 
 from clipa_fast.interop.parameter_names import open_clip_places, paths, write_tensors
+from clipa_fast.interop.pretrained import open_pretrained
 from clipa_fast.model import transformer
 from clipa_fast.model.towers import l2_normalize
-from clipa_fast.pretrained import open_pretrained
-from clipa_fast.train_step import graph
+from clipa_fast.training.step import graph
 
 TOWERS = ["clipa-tiny", "clipa-tiny-tanh-eps6", "clip-vit-classic"]
 # Two float32 programs that sum in different orders; features have norm 1.

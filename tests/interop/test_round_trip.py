@@ -19,10 +19,10 @@ from clipa_fast.interop.clipa_npz import npz_places
 from clipa_fast.interop.open_clip_config import Described, from_open_clip, to_open_clip
 from clipa_fast.interop.open_clip_export import export_open_clip
 from clipa_fast.interop.parameter_names import expected_tensors, model_shapes, open_clip_places, paths, write_tensors
+from clipa_fast.interop.pretrained import open_pretrained
 from clipa_fast.interop.tensors import open_tensors
 from clipa_fast.model.positions import sincos_2d
 from clipa_fast.model.presets import TEXT, VISION
-from clipa_fast.pretrained import open_pretrained
 
 from .small_model import LENGTH, SIDE, random_params, small
 

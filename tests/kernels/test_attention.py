@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clipa_kernels import attention_xla, dot_product_attention, flat_attention, reference
+from clipa_kernels import dot_product_attention, flat_attention, reference
+from clipa_kernels.attention import xla as attention_xla
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clipa_kernels import contrastive_loss, contrastive_xla, explain, reference, sigmoid_loss, supports
+from clipa_kernels import contrastive_loss, explain, reference, sigmoid_loss, supports
+from clipa_kernels.contrastive import xla as contrastive_xla
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

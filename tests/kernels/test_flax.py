@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clipa_kernels import attention, flax_call
+from clipa_kernels.attention import api as attention
+from clipa_kernels.integrations import flax_call
 from flax import linen, nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st

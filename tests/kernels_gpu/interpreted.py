@@ -7,9 +7,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clipa_kernels import attention_xla, reference
-from clipa_kernels.attention_problem import AttentionOperands, describe_dot_product_attention, describe_flat_attention
-from clipa_kernels.gpu import attention as gpu_attention
+from clipa_kernels import reference
+from clipa_kernels.attention import xla as attention_xla
+from clipa_kernels.attention.gpu import entry as gpu_attention
+from clipa_kernels.attention.spec import AttentionOperands, describe_dot_product_attention, describe_flat_attention
 
 LENGTHS = (8, 16, 17, 26, 32, 37, 50, 65, 77, 101, 138, 154, 180, 197, 257, 346, 577)
 HEAD_DIMS = (64, 80, 88, 104)

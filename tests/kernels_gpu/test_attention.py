@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from clipa_kernels import dispatch, explain, flat_attention, supports
-from clipa_kernels.attention_problem import describe_flat_attention
-from clipa_kernels.gpu import attention as gpu_attention
-from clipa_kernels.gpu import cudnn, devices
-from clipa_kernels.gpu.attention_kernels import Call, Operands, backward_split, backward_whole, forward
+from clipa_kernels.attention.gpu import cudnn
+from clipa_kernels.attention.gpu import entry as gpu_attention
+from clipa_kernels.attention.gpu.kernels import Call, Operands, backward_split, backward_whole, forward
+from clipa_kernels.attention.spec import describe_flat_attention
+from clipa_kernels.gpu import devices
 from clipa_kernels.gpu.tiles import Tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st

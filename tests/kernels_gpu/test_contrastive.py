@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clipa_kernels import contrastive as public
-from clipa_kernels import contrastive_problem, explain, reference, supports
-from clipa_kernels.contrastive_terms import Terms
+from clipa_kernels import explain, reference, supports
+from clipa_kernels.contrastive import api as public
+from clipa_kernels.contrastive import spec as contrastive_problem
+from clipa_kernels.contrastive.gpu import entry as gpu_contrastive
+from clipa_kernels.contrastive.gpu.kernels import Block, PairCall, PairTiles, statistics, weights
+from clipa_kernels.contrastive.math import Terms
 from clipa_kernels.dispatch import Implementation
-from clipa_kernels.gpu import contrastive as gpu_contrastive
 from clipa_kernels.gpu import settings as gpu_settings
-from clipa_kernels.gpu.contrastive_kernels import Block, PairCall, PairTiles, statistics, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType

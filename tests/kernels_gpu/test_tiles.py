@@ -1,7 +1,7 @@
 """The arithmetic of tiles, and tables that have a row for everything that is served."""
 
 import jax.numpy as jnp
-from clipa_kernels.gpu.attention import HEAD_DIMS, MAX_LENGTH
+from clipa_kernels.attention.gpu.entry import HEAD_DIMS, MAX_LENGTH
 from clipa_kernels.gpu.settings import attention_crossover, backward_tiles, forward_tiles, panel_rows
 from clipa_kernels.gpu.tiles import SMALLEST, Tiles, parts
 from hypothesis import given

@@ -6,8 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clipa_kernels import attention_xla, flat_attention, reference
-from clipa_kernels.attention_problem import AttentionOperands, describe_flat_attention
+from clipa_kernels import flat_attention, reference
+from clipa_kernels.attention import xla as attention_xla
+from clipa_kernels.attention.spec import AttentionOperands, describe_flat_attention
 from clipa_kernels.tpu.compat import pltpu
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the only place that tells of races
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clipa_kernels.tpu import across_tiles, block_sizes
-from clipa_kernels.tpu.block_sizes import Settings
+from clipa_kernels.attention.tpu import block_sizes
+from clipa_kernels.attention.tpu import keys_on_lanes as across_tiles
+from clipa_kernels.attention.tpu.block_sizes import Settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

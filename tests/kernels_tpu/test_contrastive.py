@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from clipa_kernels import contrastive_loss, reference, sigmoid_loss
-from clipa_kernels.tpu import contrastive as tpu_contrastive
-from clipa_kernels.tpu.tile_contrastive import Block, Tiles, statistics
+from clipa_kernels.contrastive.tpu import entry as tpu_contrastive
+from clipa_kernels.contrastive.tpu.kernels import Block, Tiles, statistics
 from jax.sharding import AxisType
 
 from .interpreted import interpreter

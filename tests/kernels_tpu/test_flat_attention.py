@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clipa_kernels.tpu import tile_attention
-from clipa_kernels.tpu.tiling import BACKWARD_STAGES, Tiling, head_groups, looped_group, tile_of
+from clipa_kernels.attention.tpu import tile_attention
+from clipa_kernels.attention.tpu.tiling import BACKWARD_STAGES, Tiling, head_groups, looped_group, tile_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from clipa_kernels import dot_product_attention, reference
+from clipa_kernels.attention.tpu.general import choose_tiling
 from clipa_kernels.tpu.chips import CHIPS
-from clipa_kernels.tpu.general_attention import choose_tiling
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 

@@ -6,9 +6,9 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clipa_kernels.attention.tpu.tiling import Columns, HeadGroup, columns_of, head_groups
 from clipa_kernels.tpu import tile_math
 from clipa_kernels.tpu.compat import pl
-from clipa_kernels.tpu.tiling import Columns, HeadGroup, columns_of, head_groups
 from hypothesis import given, settings
 
 

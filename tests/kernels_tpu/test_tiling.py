@@ -1,7 +1,7 @@
 """The arithmetic of tiles: every row and head is covered, and everything fits where it should."""
 
 import pytest
-from clipa_kernels.tpu.block_sizes import (
+from clipa_kernels.attention.tpu.block_sizes import (
     MAX_ROWS,
     Settings,
     choose_tiling,
@@ -9,10 +9,9 @@ from clipa_kernels.tpu.block_sizes import (
     padded_batch,
     vmem_bytes,
 )
-from clipa_kernels.tpu.block_table import TABLE
-from clipa_kernels.tpu.chips import CHIPS
-from clipa_kernels.tpu.tile_mask import tile_bias
-from clipa_kernels.tpu.tiling import (
+from clipa_kernels.attention.tpu.block_table import TABLE
+from clipa_kernels.attention.tpu.tile_mask import tile_bias
+from clipa_kernels.attention.tpu.tiling import (
     BACKWARD_STAGES,
     FORWARD_STAGES,
     LANES,
@@ -23,6 +22,7 @@ from clipa_kernels.tpu.tiling import (
     riders_of,
     tile_of,
 )
+from clipa_kernels.tpu.chips import CHIPS
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

@@ -15,7 +15,7 @@ from clipa_fast.model.image_masks import image_mask
 from clipa_fast.model.mask_sizes import count_kept
 from clipa_fast.model.presets import TEXT, VISION, towers
 from clipa_fast.model.towers import CLIP
-from clipa_fast.train_step import graph, init_params
+from clipa_fast.training.step import graph, init_params
 
 # Tokens and GMAC of one picture, derived from the papers and equal to open_clip's profile; columns are pixels and the
 # share of patches masked.

@@ -12,7 +12,7 @@ from clipa_fast.config import ModelConfig, TowerSize
 from clipa_fast.errors import UserError
 from clipa_fast.model.mask_sizes import count_kept, kept_patches, rectangle
 from clipa_fast.model.presets import VISION, grid_size, towers
-from clipa_fast.train_step import init_params
+from clipa_fast.training.step import init_params
 
 
 def count(tree):

@@ -12,7 +12,7 @@ from flax import nnx
 
 from clipa_fast.config import ModelConfig, TowerSize
 from clipa_fast.model.towers import l2_normalize, normalize_pixels
-from clipa_fast.train_step import graph, init_params
+from clipa_fast.training.step import graph, init_params
 
 CONFIG = ModelConfig(
     preset="Ti/4",

@@ -10,20 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from clipa_fast.cli.plan import PlanCommand, plan_command
 from clipa_fast.config import ModelConfig
 from clipa_fast.errors import UserError
 from clipa_fast.model.costs import num_parameters
 from clipa_fast.planning.accuracy import candidates, compute_of, look_up
 from clipa_fast.planning.budget import spend
-from clipa_fast.planning.command import PlanCommand, plan_command
 from clipa_fast.planning.devices import DEVICES, find_device
 from clipa_fast.planning.memory import USABLE, memory_per_device, smallest_slice
 from clipa_fast.planning.plan import make_plan
 from clipa_fast.planning.published import accuracy_points
 from clipa_fast.planning.stages import parse_stages, short_run
-from clipa_fast.planning.throughput import Throughput, outside, paper_throughput, throughput_for
-from clipa_fast.profiling.chips import CHIPS, slice_sizes
-from clipa_fast.train_step import init_params
+from clipa_fast.planning.step_time import Throughput, outside, paper_throughput, throughput_for
+from clipa_fast.profiling.static.chips import CHIPS, slice_sizes
+from clipa_fast.training.step import init_params
 
 H14 = ModelConfig(preset="H/14")
 A100 = find_device("a100-80gb")

@@ -7,7 +7,7 @@ from clipa_fast.model.costs import pair_gmac
 from clipa_fast.planning.check import all_checks, calibrations_that_agree
 from clipa_fast.planning.published import bills, chart_runs
 from clipa_fast.planning.stages import parse_stages
-from clipa_fast.planning.throughput import paper_throughput
+from clipa_fast.planning.step_time import paper_throughput
 
 # CLIPA-v2, table 4 and the README of its code: A100 80 GB hours and dollars. Two of them are calibrated on.
 HOURS = {

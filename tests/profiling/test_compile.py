@@ -17,9 +17,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from clipa_fast import profiling
+from clipa_fast.cli.profile import profile_command
 from clipa_fast.errors import UserError
 from clipa_fast.profiling import compile_for_tpu
-from clipa_fast.profiling.command import profile_command
 
 needs_libtpu = pytest.mark.skipif(not profiling.is_available(), reason="libtpu is not installed")
 P = PartitionSpec
@@ -309,7 +309,7 @@ def test_wrong_input_to_the_command(options, message):
 
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch):
-    from clipa_fast.profiling import libtpu
+    from clipa_fast.profiling.static import libtpu
 
     libtpu.dump_folder.cache_clear()
     libtpu.topology_devices.cache_clear()

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipa_fast.profiling.bundles import parse_runs
-from clipa_fast.profiling.execution import execute
+from clipa_fast.profiling.static.bundles import parse_runs
+from clipa_fast.profiling.static.execution import execute
 
 DELAY = 4
 EMPTY = "   0x9   :  {}\n"
@@ -120,7 +120,7 @@ def test_the_second_core_may_skip_the_work():
 
 def test_a_long_loop_is_followed_in_part_and_scaled_up(monkeypatch):
     whole = run(pipelined(3000))
-    monkeypatch.setattr("clipa_fast.profiling.execution._MOST_RUNS", 1000)
+    monkeypatch.setattr("clipa_fast.profiling.static.execution._MOST_RUNS", 1000)
     part = run(pipelined(3000))
     assert abs(part.bundles / whole.bundles - 1) < 0.01  # the loop's ends weigh more in the part
     assert abs(part.dma_bytes / whole.dma_bytes - 1) < 0.01

@@ -2,9 +2,9 @@
 
 import pytest
 
-from clipa_fast.profiling.chips import find_chip
-from clipa_fast.profiling.estimate import estimate_ops
-from clipa_fast.profiling.hlo import hbm_bytes, parse_module, trip_counts
+from clipa_fast.profiling.static.chips import find_chip
+from clipa_fast.profiling.static.estimate import estimate_ops
+from clipa_fast.profiling.static.hlo import hbm_bytes, parse_module, trip_counts
 
 SCAN = """HloModule jit_scan, is_scheduled=true
 

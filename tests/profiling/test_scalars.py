@@ -2,7 +2,7 @@
 
 import pytest
 
-from clipa_fast.profiling.scalars import evaluate, parse_scalar
+from clipa_fast.profiling.static.scalars import evaluate, parse_scalar
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 
-from clipa_fast.profiling.trace import op_runs, record, run_times
+from clipa_fast.profiling.measured.trace import op_runs, record, run_times
 
 
 def event(name, start, duration, **stats):

@@ -10,7 +10,7 @@ import pytest
 from clipa_fast import profiling
 from clipa_fast.config import TowerSize
 from clipa_fast.profiling import compile_for_tpu
-from clipa_fast.profiling.programs import train_step_program, train_step_stage
+from clipa_fast.profiling.static.programs import train_step_program, train_step_stage
 
 needs_libtpu = pytest.mark.skipif(not profiling.is_available(), reason="libtpu is not installed")
 DEPTH = {"vision": 3, "text": 2}

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipa_fast.checkpoint import Checkpoints, Position
 from clipa_fast.errors import UserError
-from clipa_fast.mesh import make_mesh, shardings
-from clipa_fast.train_step import init_params, init_state
+from clipa_fast.parallel.mesh import make_mesh, shardings
+from clipa_fast.run.checkpoint import Checkpoints, Position
+from clipa_fast.training.step import init_params, init_state
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from clipa_fast import dry_run, profiling
-from clipa_fast.cli import main
+from clipa_fast import profiling
+from clipa_fast.cli.main import main
 from clipa_fast.recipes import RECIPES
-from clipa_fast.throughput import tokens_per_pair
+from clipa_fast.training import dry_run
+from clipa_fast.training.throughput import tokens_per_pair
 
 
 @pytest.mark.parametrize(

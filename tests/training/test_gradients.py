@@ -11,8 +11,7 @@ from jax.sharding import PartitionSpec
 
 from clipa_fast.config import ParallelConfig
 from clipa_fast.errors import UserError
-from clipa_fast.gradients import batch_gradients
-from clipa_fast.mesh import (
+from clipa_fast.parallel.mesh import (
     batch_sharding,
     check_devices,
     choose_fsdp,
@@ -22,8 +21,9 @@ from clipa_fast.mesh import (
     state_bytes,
     to_devices,
 )
-from clipa_fast.sharded_state import described_state, first_state, next_state
-from clipa_fast.train_step import compile_train_step, graph, init_params, init_state
+from clipa_fast.training.gradients import batch_gradients
+from clipa_fast.training.sharded_state import described_state, first_state, next_state
+from clipa_fast.training.step import compile_train_step, graph, init_params, init_state
 
 BATCH = 32
 

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from clipa_fast.errors import UserError
-from clipa_fast.metrics import Metrics, read_metrics
+from clipa_fast.run.metrics import Metrics, read_metrics
 
 
 def write(folder, steps, resume_step=0):

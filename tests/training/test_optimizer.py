@@ -10,8 +10,14 @@ import optax
 import pytest
 
 from clipa_fast.config import ModelConfig, OptimizerConfig, StageConfig
-from clipa_fast.optimizer import decay_mask, learning_rate_schedule, make_optimizer, num_steps, peak_learning_rate
-from clipa_fast.train_step import init_params
+from clipa_fast.training.optimizer import (
+    decay_mask,
+    learning_rate_schedule,
+    make_optimizer,
+    num_steps,
+    peak_learning_rate,
+)
+from clipa_fast.training.step import init_params
 
 STAGE = StageConfig(samples=1009, batch_size=10, base_learning_rate=0.512, warmup_steps=20)
 

@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from clipa_fast.errors import UserError
-from clipa_fast.metrics import read_metrics
+from clipa_fast.run.metrics import read_metrics
 
 STEPS = 40 + 8
 
@@ -63,7 +63,7 @@ def start(workplace, folder, count, *flags):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    command = [sys.executable, "-c", "from clipa_fast.cli import main; main()", "train"]
+    command = [sys.executable, "-c", "from clipa_fast.cli.main import main; main()", "train"]
     command += ["--config", str(workplace / "run.yaml"), "--run-dir", str(folder), *flags]
     processes = []
     for number in range(count):
@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_all_processes(workplace, alone):
 
 
 def test_who_starts_the_runtime(monkeypatch):
-    from clipa_fast import distributed
+    from clipa_fast.parallel import distributed
 
     started = []
     monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *given: started.append(given))
@@ -199,7 +199,7 @@ def test_who_starts_the_runtime(monkeypatch):
     ],
 )
 def test_flags_that_do_not_make_a_process(given, message):
-    from clipa_fast.distributed import initialize
+    from clipa_fast.parallel.distributed import initialize
 
     with pytest.raises(UserError, match=message):
         initialize(*given)

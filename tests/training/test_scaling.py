@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from clipa_fast import run, trainer
+from clipa_fast.cli.scaling import ScalingCommand, read_results, scaling_command
 from clipa_fast.errors import UserError
 from clipa_fast.model.mask_sizes import count_kept
-from clipa_fast.scaling.command import ScalingCommand, read_results, scaling_command
+from clipa_fast.run import folder as run
 from clipa_fast.scaling.grid import Cell
 from clipa_fast.scaling.law import find_law, interval, slope
-from clipa_fast.trainer import check_run
+from clipa_fast.training import trainer
+from clipa_fast.training.trainer import check_run
 
 REDUCED = ScalingCommand(models="64x2,192x3", image_tokens="4,16,64", text_tokens="8", finetune_keep="1.0", seeds="0,1")
 

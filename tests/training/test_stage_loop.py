@@ -2,9 +2,9 @@
 
 from types import SimpleNamespace
 
-from clipa_fast import stage_loop
-from clipa_fast.checkpoint import Position
 from clipa_fast.config import RunConfig, StageConfig
+from clipa_fast.run.checkpoint import Position
+from clipa_fast.training import loop as stage_loop
 
 
 def test_the_loader_is_told_of_every_augmentation(monkeypatch):

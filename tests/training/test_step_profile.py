@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from clipa_fast import run
 from clipa_fast.errors import UserError
-from clipa_fast.profiling.parts import PARTS, OpCost
-from clipa_fast.profiling.step_profile import MODULE, profile_run, summarize
-from clipa_fast.profiling.trace import OpRun
+from clipa_fast.profiling.measured.step_profile import MODULE, profile_run, summarize
+from clipa_fast.profiling.measured.trace import OpRun
+from clipa_fast.profiling.static.parts import PARTS, OpCost
+from clipa_fast.run import folder as run
 
 
 def test_steps_of_a_run(config, source, monkeypatch):

@@ -11,7 +11,7 @@ from flax import nnx
 
 from clipa_fast.config import OptimizerConfig
 from clipa_fast.model.positions import resize_grid_table, sincos_2d
-from clipa_fast.train_step import (
+from clipa_fast.training.step import (
     compile_train_step,
     graph,
     init_params,

@@ -10,17 +10,18 @@ import jax
 import numpy as np
 import pytest
 
-from clipa_fast import stage_loop, throughput
 from clipa_fast.config import ParallelConfig
 from clipa_fast.data.order import Order
 from clipa_fast.errors import UserError
-from clipa_fast.metrics import read_metrics
-from clipa_fast.non_finite import NonFiniteLoss
-from clipa_fast.profile_window import ProfileWindow
-from clipa_fast.run import open_run, start_run
-from clipa_fast.stage_loop import Interrupted
-from clipa_fast.throughput import tokens_per_pair
-from clipa_fast.trainer import load_params, train
+from clipa_fast.run.folder import open_run, start_run
+from clipa_fast.run.metrics import read_metrics
+from clipa_fast.training import loop as stage_loop
+from clipa_fast.training import throughput
+from clipa_fast.training.loop import Interrupted
+from clipa_fast.training.non_finite import NonFiniteLoss
+from clipa_fast.training.profile_window import ProfileWindow
+from clipa_fast.training.throughput import tokens_per_pair
+from clipa_fast.training.trainer import load_params, train
 
 STEPS = 7 + 4
 

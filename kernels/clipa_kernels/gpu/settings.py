@@ -6,7 +6,7 @@ how fast they are has not been measured yet. `python -m bench gpu` measures what
 
 from __future__ import annotations
 
-from clipa_kernels.gpu.contrastive_kernels import PairTiles
+from clipa_kernels.contrastive.gpu.kernels import PairTiles
 from clipa_kernels.gpu.tiles import Tiles
 
 # A row serves operands of `bytes` an element, sequences up to `length`, heads up to `head_dim`; the first that fits.

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from clipa_kernels.attention.tpu.tiling import LANES, SUBLANES, Columns
 from clipa_kernels.tpu.compat import pltpu
-from clipa_kernels.tpu.tiling import LANES, SUBLANES, Columns
 
 Heads = tuple[tuple[int, int], ...]
 

@@ -1,0 +1,1 @@
+"""Devices and processes: meshes, shardings, jax.distributed, settings of the CPU backend."""

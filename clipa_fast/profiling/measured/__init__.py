@@ -1,0 +1,1 @@
+"""Measured profiles: steps of a real run under jax's profiler."""

@@ -1,0 +1,1 @@
+"""Fused softmax attention: public functions, their meaning, one implementation a platform."""

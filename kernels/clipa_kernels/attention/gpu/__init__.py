@@ -1,0 +1,1 @@
+"""The GPU implementation of attention: Pallas kernels and how they are called."""

@@ -1,0 +1,1 @@
+"""The TPU implementation of attention: Pallas kernels and how they are called."""

@@ -1,0 +1,1 @@
+"""Contrastive losses: public functions, their meaning, one implementation a platform."""

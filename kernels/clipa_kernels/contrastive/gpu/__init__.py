@@ -1,0 +1,1 @@
+"""The GPU implementation of the contrastive losses: Pallas kernels and how they are called."""

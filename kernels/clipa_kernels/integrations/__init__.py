@@ -1,0 +1,1 @@
+"""Adapters that put the kernels under other libraries' layers."""
