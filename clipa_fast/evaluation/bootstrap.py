@@ -1,12 +1,13 @@
-"""Confidence intervals of a mean over queries, by the bootstrap."""
+"""Estimate bootstrap confidence intervals of a mean over queries."""
 
 from __future__ import annotations
 
 import numpy as np
+from scipy import stats
 
 from clipa_fast.errors import UserError
 
-_AT_ONCE = 1 << 22
+_MAX_DRAWS = 1 << 22  # resampled indices held at once; bounds the memory
 
 
 def bootstrap_interval(
@@ -17,21 +18,21 @@ def bootstrap_interval(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile interval of the mean (Efron and Tibshirani 1993, chapter 13).
+    """Return the percentile interval of the mean (Efron and Tibshirani 1993, chapter 13).
 
     Args:
       values: float [Q], one per query, such as a column of `Ranking.per_query`.
-      clusters: int [Q]; queries of one cluster are drawn together, as the five captions of a picture must be, which are
-        no five independent trials. None: each query by itself.
-      resamples: how often the queries are drawn again.
-      confidence: share of the resampled means inside, in (0, 1).
-      seed: fixes the draws.
+      clusters: int [Q]; queries of one cluster are resampled together. The five captions of an image form a cluster,
+        because they are not independent. None: every query is its own cluster.
+      resamples: number of bootstrap resamples.
+      confidence: share of the resampled means inside the interval, in (0, 1).
+      seed: seed of the resampling.
 
     Returns:
-      Lower and upper end; nan where there is no query.
+      Lower and upper end: NaN without queries; both the mean with a single cluster, which cannot be resampled.
 
     Raises:
-      UserError: an argument out of range, or shapes that disagree.
+      UserError: an argument is out of range, or the shapes disagree.
     """
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or not np.isfinite(values).all():
@@ -47,12 +48,17 @@ def bootstrap_interval(
         raise UserError(f"clusters: expected {list(values.shape)}, got {list(groups.shape)}")
     groups = np.unique(groups, return_inverse=True)[1]
     sums, sizes = np.bincount(groups, values), np.bincount(groups).astype(np.float64)
-    rng, count = np.random.default_rng(seed), len(sums)
-    means = np.empty(resamples)
-    rows = max(1, _AT_ONCE // count)
-    for start in range(0, resamples, rows):
-        drawn = rng.integers(0, count, (min(rows, resamples - start), count))
-        means[start : start + len(drawn)] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
-    tail = 100 * (1 - confidence) / 2
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return float(low), float(high)
+    if len(sums) == 1:
+        return float(values.mean()), float(values.mean())
+    interval = stats.bootstrap(
+        (sums, sizes),
+        lambda sums, sizes, axis: sums.sum(axis) / sizes.sum(axis),
+        n_resamples=resamples,
+        batch=max(1, _MAX_DRAWS // len(sums)),
+        vectorized=True,
+        paired=True,
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)

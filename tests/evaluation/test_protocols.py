@@ -295,6 +295,7 @@ def test_captions_of_one_picture_are_one_trial():
 def test_intervals_of_nothing_and_of_bad_input():
     assert all(np.isnan(bootstrap_interval(np.zeros(0))))
     assert bootstrap_interval(np.ones(5)) == (1, 1)
+    assert bootstrap_interval(np.array([0, 1, 1, 0]), clusters=np.zeros(4, int)) == (0.5, 0.5)
     for options in ({"resamples": 0}, {"confidence": 1.0}, {"clusters": np.zeros(2)}):
         with pytest.raises(UserError):
             bootstrap_interval(np.ones(5), **options)
