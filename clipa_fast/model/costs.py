@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from clipa_fast.config import ModelConfig, StageConfig, TowerSize
+from clipa_fast.model.architecture import architecture
 from clipa_fast.model.mask_sizes import count_kept
 from clipa_fast.model.presets import PAPER_VOCAB_SIZE, grid_size, towers
 
@@ -47,12 +48,15 @@ def num_parameters(config: ModelConfig, stage: StageConfig) -> int:
     sizes = towers(config)
     vision, text = sizes.vision, sizes.text
     patches = grid_size(stage.image_size, sizes.patch_size) ** 2
-    table = 0 if config.convention == "clipa" else (patches + 1) * vision.width  # sin-cos positions are no parameters
+    choices = architecture(config)
+    # Sin-cos positions are computed, not stored.
+    table = (patches + 1) * vision.width if choices.image_positions == "stored" else 0
+    pre_norm = 2 * vision.width if choices.pre_norm else 0
     stem = 3 * sizes.patch_size**2 * vision.width + vision.width  # no bias; class token
     words = (config.vocab_size or PAPER_VOCAB_SIZE) + stage.text_length
     # Each tower ends with a LayerNorm and a head without bias.
     ends = sum(2 * size.width + size.width * sizes.embed_dim for size in (vision, text))
-    return _blocks(vision) + _blocks(text) + stem + table + words * text.width + ends + 1
+    return _blocks(vision) + _blocks(text) + stem + table + pre_norm + words * text.width + ends + 1
 
 
 def _blocks(size: TowerSize) -> int:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from clipa_fast.config import ModelConfig, StageConfig, TowerSize
 from clipa_fast.model import transformer
-from clipa_fast.model.costs import image_gmac, pair_gmac, transformer_gmac
+from clipa_fast.model.costs import image_gmac, num_parameters, pair_gmac, transformer_gmac
 from clipa_fast.model.image_masks import image_mask
 from clipa_fast.model.mask_sizes import count_kept
 from clipa_fast.model.presets import TEXT, VISION, towers
@@ -148,3 +148,15 @@ def test_a_block_mask_costs_what_its_rectangle_holds():
     assert pair_gmac(config, dataclasses.replace(stage, mask_ratio=0.49)) < pair_gmac(
         config, dataclasses.replace(random, mask_ratio=0.49)
     )
+
+
+@pytest.mark.parametrize("convention", ["clipa", "open_clip", "openai"])
+@pytest.mark.parametrize("positions", [None, "sincos", "stored"])
+@pytest.mark.parametrize("pre_norm", [None, False, True])
+def test_num_parameters_counts_those_of_the_towers(convention, positions, pre_norm):
+    config = ModelConfig(
+        preset="Ti/16", convention=convention, image_positions=positions, pre_norm=pre_norm, vocab_size=50
+    )
+    stage = StageConfig(image_size=32, text_length=6)
+    params = jax.eval_shape(lambda: init_params(config, stage.image_size, stage.text_length, 0))
+    assert num_parameters(config, stage) == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
