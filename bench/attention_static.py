@@ -28,8 +28,8 @@ from clipa_kernels import flat_attention
 from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
 from clipa_fast.errors import UserError
+from clipa_fast.hardware import CHIPS, find_chip
 from clipa_fast.profiling import compile_for_tpu
-from clipa_fast.profiling.static.chips import CHIPS, find_chip
 
 TOKENS = 32768
 LENGTHS = [17, 26, 37, 50, 65, 101, 138, 154, 180, 197, 257, 346, 577, 8, 16, 32, 77]

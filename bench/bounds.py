@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from bench.machine import processor
+from clipa_fast.hardware import CHIPS
 from clipa_fast.planning.devices import DEVICES
-from clipa_fast.profiling.static.chips import CHIPS
 
 _COPY_FLOATS = 2**25  # 128 MiB: larger than any cache
 _MATMUL = 1536

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from clipa_kernels import contrastive_loss
 from jax.sharding import PartitionSpec
 
+from clipa_fast.hardware import find_chip
 from clipa_fast.profiling import Profile, compile_for_tpu, tpu_mesh
-from clipa_fast.profiling.static.chips import find_chip
 
 # chip, mesh axes, exchange, global batch, width
 CASES = (

@@ -19,7 +19,7 @@ from pathlib import Path
 from bench.history import HISTORY, MEASURED, Row, latest, read
 from bench.report_plots import Panel, all_panels, tokens_of
 from clipa_fast.errors import UserError
-from clipa_fast.profiling.static.chips import CHIPS
+from clipa_fast.hardware import CHIPS
 from clipa_fast.profiling.static.self_check import self_check
 from clipa_fast.report.markup import UNKNOWN, escape, short, table
 

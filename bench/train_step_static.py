@@ -19,9 +19,9 @@ from pathlib import Path
 import jax
 
 from clipa_fast.errors import UserError
+from clipa_fast.hardware import find_chip, topology_name
 from clipa_fast.model.presets import grid_size, towers
 from clipa_fast.profiling import Profile, compile_for_tpu, prepare
-from clipa_fast.profiling.static.chips import find_chip, topology_name
 from clipa_fast.profiling.static.profile import STATIC_ESTIMATE
 from clipa_fast.profiling.static.programs import train_step_program, train_step_stage
 

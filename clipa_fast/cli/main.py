@@ -21,6 +21,7 @@ from clipa_fast.cli.plan import PlanCommand, plan_command
 from clipa_fast.cli.scaling import ScalingCommand, scaling_command
 from clipa_fast.config import RunConfig, config_to_yaml, load_config
 from clipa_fast.errors import UserError
+from clipa_fast.hardware import TpuName
 from clipa_fast.recipes import RECIPES
 
 EXIT_UNWELL = 1
@@ -50,7 +51,7 @@ class Train:
     """How many processes run."""
     dry_run: bool = False
     """Compile the step for a TPU slice that need not be there, and say what it takes. Trains nothing."""
-    chip: Literal["v5e", "v5p", "v6e", "tpu7x"] = "v5e"
+    chip: TpuName = "v5e"
     """TPU generation of a dry run."""
     devices: int = 256
     """Devices of a dry run."""
@@ -174,7 +175,7 @@ class Profile:
     ] = "attention"
     """attention alone, block (with the projections around it), contrastive, train-step, or the profiler's
     self-check."""
-    chip: Literal["v5e", "v5p", "v6e", "tpu7x"] = "v5e"
+    chip: TpuName = "v5e"
     """TPU generation."""
     implementation: Literal["tpu", "xla", "jax", "none"] = "tpu"
     """Ours on TPU, ours on XLA, jax.nn.dot_product_attention, or no attention at all."""

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from clipa_fast.errors import UserError
-from clipa_fast.profiling.static.chips import find_chip, topology_name
+from clipa_fast.hardware import find_chip, topology_name
 from clipa_fast.profiling.static.compile import compile_for_tpu
 from clipa_fast.profiling.static.programs import (
     AttentionShape,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clipa_fast.errors import UserError
+from clipa_fast.hardware import CHIPS
 from clipa_fast.planning.published import published
 
 
@@ -35,8 +36,13 @@ def _doubling(first: int, last: int) -> tuple[int, ...]:
 
 _NODES = _doubling(1, 1024)
 
-# Data sheets of NVIDIA (SXM boards) and Google Cloud. The static profiler's table of TPUs cannot be read without jax; a
-# test holds both to the same figures.
+
+def _tpu(name: str, slices: tuple[int, ...]) -> Device:
+    chip = CHIPS[name]
+    return Device(name, chip.published_peak_flops, chip.hbm_bytes, chip.hbm_bytes_per_second, slices)
+
+
+# NVIDIA's data sheets (SXM boards); the TPUs come from `clipa_fast.hardware`.
 DEVICES = {
     device.name: device
     for device in (
@@ -44,10 +50,10 @@ DEVICES = {
         Device("a100-80gb", 312e12, 80e9, 2.039e12, _NODES, published()["price_per_hour"]),
         Device("h100", 989e12, 80e9, 3.35e12, _NODES),
         Device("h200", 989e12, 141e9, 4.8e12, _NODES),
-        Device("v5e", 197e12, 16e9, 819e9, _doubling(4, 256)),
-        Device("v5p", 459e12, 95e9, 2765e9, _doubling(4, 512)),
-        Device("v6e", 918e12, 32e9, 1640e9, _doubling(4, 256)),
-        Device("tpu7x", 1153.5e12, 96e9, 3690e9, _doubling(8, 1024)),
+        _tpu("v5e", _doubling(4, 256)),
+        _tpu("v5p", _doubling(4, 512)),
+        _tpu("v6e", _doubling(4, 256)),
+        _tpu("tpu7x", _doubling(8, 1024)),
     )
 }
 

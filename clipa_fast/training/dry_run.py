@@ -15,9 +15,9 @@ from rich.console import Console
 
 from clipa_fast.config import RunConfig, StageConfig
 from clipa_fast.errors import UserError
+from clipa_fast.hardware import CHIPS, find_chip, topology_name
 from clipa_fast.parallel.mesh import BATCH, check_devices
 from clipa_fast.profiling import Collective, Profile, compile_for_tpu, tpu_mesh
-from clipa_fast.profiling.static.chips import find_chip, topology_name
 from clipa_fast.profiling.static.profile import STATIC_ESTIMATE
 from clipa_fast.run.checks import check_run
 from clipa_fast.run.folder import with_weights
@@ -25,9 +25,7 @@ from clipa_fast.training.sharded_state import described_state, planned_fsdp
 from clipa_fast.training.step import batch_structs, make_train_step
 from clipa_fast.training.throughput import pair_flops, tokens_per_pair
 
-# Published one-way bandwidth of all links of one jax device, bytes per second (v5e 1,600, v5p 4,800, v6e 3,584 Gbit/s
-# a chip; half a chip's 9,600 on tpu7x). A collective along one mesh axis is taken to keep half of them busy.
-_LINK_BYTES_PER_SECOND = {"v5e": 200e9, "v5p": 600e9, "v6e": 448e9, "tpu7x": 600e9}
+# A collective along one mesh axis is taken to keep half of the links busy.
 _BUSY_LINKS = 0.5
 
 
@@ -68,7 +66,7 @@ class DryRun:
 def link_seconds(collective: Collective, chip: str) -> float:
     """Time of a collective at the bandwidth of the links; an all-reduce moves everything twice."""
     passes = 2 if collective.opcode == "all-reduce" else 1
-    return passes * collective.num_bytes / (_BUSY_LINKS * _LINK_BYTES_PER_SECOND[chip])
+    return passes * collective.num_bytes / (_BUSY_LINKS * CHIPS[chip].link_bytes_per_second)
 
 
 def dry_run(config: RunConfig, chip: str, devices: int, stage_index: int = 0, console: Console | None = None) -> DryRun:

@@ -8,13 +8,10 @@ from typing import Any
 import jax
 
 from clipa_fast.config import RunConfig, StageConfig
+from clipa_fast.hardware import CHIPS, GPU_PEAKS
 from clipa_fast.model.costs import pair_gmac
 from clipa_fast.model.mask_sizes import count_kept
 from clipa_fast.model.presets import grid_size, towers
-from clipa_fast.profiling.static.chips import CHIPS
-
-# bf16 peak of one device, FLOP/s, by the start of jax's device kind; NVIDIA's data sheets, without sparsity.
-_GPU_PEAKS = {"NVIDIA A100": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12}
 
 
 def tokens_per_pair(config: RunConfig, stage: StageConfig) -> int:
@@ -36,7 +33,7 @@ def peak_flops(device_kind: str) -> float | None:
     for chip in CHIPS.values():
         if chip.device_kind == device_kind:
             return chip.peak_flops
-    return next((peak for start, peak in _GPU_PEAKS.items() if device_kind.startswith(start)), None)
+    return next((peak for start, peak in GPU_PEAKS.items() if device_kind.startswith(start)), None)
 
 
 class Throughput:

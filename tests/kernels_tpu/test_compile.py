@@ -8,7 +8,7 @@ import pytest
 from clipa_kernels import dot_product_attention, flat_attention
 
 from clipa_fast import profiling
-from clipa_fast.profiling.static.chips import find_chip
+from clipa_fast.hardware import find_chip
 
 pytestmark = [
     pytest.mark.slow,

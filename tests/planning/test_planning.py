@@ -3,9 +3,11 @@
 import dataclasses
 import io
 import json
+from typing import get_args
 
 import jax
 import pytest
+from clipa_kernels.tpu import chips as kernel_chips
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -13,6 +15,7 @@ from rich.console import Console
 from clipa_fast.cli.plan import PlanCommand, plan_command
 from clipa_fast.config import ModelConfig
 from clipa_fast.errors import UserError
+from clipa_fast.hardware import CHIPS, TpuName, slice_sizes
 from clipa_fast.model.costs import num_parameters
 from clipa_fast.planning.accuracy import candidates, compute_of, look_up
 from clipa_fast.planning.budget import spend
@@ -22,7 +25,6 @@ from clipa_fast.planning.plan import make_plan
 from clipa_fast.planning.published import accuracy_points
 from clipa_fast.planning.stages import parse_stages, short_run
 from clipa_fast.planning.step_time import Throughput, outside, paper_throughput, throughput_for
-from clipa_fast.profiling.static.chips import CHIPS, slice_sizes
 from clipa_fast.training.step import init_params
 
 H14 = ModelConfig(preset="H/14")
@@ -156,6 +158,14 @@ def test_a_device_never_checked_has_no_error_and_says_so():
     assert found.flops_per_second / 989e12 == pytest.approx(paper_throughput().flops_per_second / 312e12)
     assert outside(ModelConfig(preset="B/16"), found)
     assert not outside(H14, found)
+
+
+def test_the_chip_table_agrees_with_the_kernels_and_the_command_line():
+    assert get_args(TpuName) == tuple(CHIPS)
+    for name, chip in CHIPS.items():
+        assert kernel_chips._DEVICE_KINDS[chip.device_kind] == name
+        assert kernel_chips.CHIPS[name].mxu == chip.mxu_size
+        assert kernel_chips.CHIPS[name].vmem_bytes < chip.vmem_bytes
 
 
 def test_the_planners_chips_are_the_profilers():

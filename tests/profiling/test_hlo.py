@@ -2,7 +2,7 @@
 
 import pytest
 
-from clipa_fast.profiling.static.chips import find_chip
+from clipa_fast.hardware import find_chip
 from clipa_fast.profiling.static.estimate import estimate_ops
 from clipa_fast.profiling.static.hlo import hbm_bytes, parse_module, trip_counts
 

@@ -17,9 +17,9 @@ from rich.console import Console
 
 from clipa_fast.config import RunConfig
 from clipa_fast.errors import UserError
+from clipa_fast.hardware import CHIPS
 from clipa_fast.planning.devices import DEVICES
 from clipa_fast.profiling.measured.trace import OpRun, record
-from clipa_fast.profiling.static.chips import CHIPS
 from clipa_fast.profiling.static.parts import PARTS, OpCost, op_costs
 
 MODULE = "jit_train_step"

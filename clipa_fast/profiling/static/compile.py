@@ -18,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clipa_fast.errors import UserError
-from clipa_fast.profiling.static.chips import find_chip, topology_name
+from clipa_fast.hardware import find_chip, topology_name
 from clipa_fast.profiling.static.estimate import estimate_ops
 from clipa_fast.profiling.static.hlo import parse_module
 from clipa_fast.profiling.static.libtpu import dump_folder, topology_devices

@@ -6,8 +6,8 @@ import dataclasses
 import re
 from collections.abc import Collection, Mapping
 
+from clipa_fast.hardware import Chip
 from clipa_fast.profiling.static.bundles import parse_runs
-from clipa_fast.profiling.static.chips import Chip
 from clipa_fast.profiling.static.communication import Collective, find_collectives, is_collective
 from clipa_fast.profiling.static.execution import Execution, execute
 from clipa_fast.profiling.static.hlo import FREE, Instruction, Module, hbm_bytes, trip_counts

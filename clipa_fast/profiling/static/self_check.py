@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from clipa_fast.profiling.static.chips import find_chip
+from clipa_fast.hardware import find_chip
 from clipa_fast.profiling.static.compile import compile_for_tpu
 from clipa_fast.profiling.static.profile import STATIC_ESTIMATE
 

@@ -1,4 +1,4 @@
-"""What the static model knows about each TPU chip: plain numbers, per jax device.
+"""List the facts of the accelerators: plain numbers, per jax device. Imports no jax.
 
 A jax device is a chip on v5e, v5p and v6e, and one of a chip's two cores on tpu7x. Bandwidth, memory and peak are the
 published figures of the chips (per core on tpu7x). Clocks are not published: they are INFERRED from
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
 from clipa_fast.errors import UserError
 
@@ -33,6 +34,8 @@ class Chip:
     hbm_bytes: float
     vmem_bytes: int  # per core
     host_shape: tuple[int, ...]  # smallest slice that can be described
+    published_peak_flops: float  # bf16, of the data sheet; `peak_flops` follows from the inferred clock
+    link_bytes_per_second: float  # one way, all links together
     devices_per_chip: int = 1
 
     @property
@@ -42,13 +45,19 @@ class Chip:
         return 2 * self.cores * self.mxus * macs * self.clock_hz
 
 
+TpuName = Literal["v5e", "v5p", "v6e", "tpu7x"]
+
 MIB = 2**20
+# Links: v5e 1,600, v5p 4,800, v6e 3,584 Gbit/s a chip; half a chip's 9,600 on tpu7x.
 CHIPS = {
-    "v5e": Chip("v5e", "TPU v5 lite", 1, 1.50e9, 4, 128, 16, 4, 819e9, 16e9, 128 * MIB, (2, 2)),
-    "v5p": Chip("v5p", "TPU v5", 2, 1.75e9, 4, 128, 16, 4, 2765e9, 95e9, 64 * MIB, (2, 2, 1)),
-    "v6e": Chip("v6e", "TPU v6 lite", 1, 1.75e9, 2, 256, 8, 4, 1640e9, 32e9, 128 * MIB, (2, 2)),
-    "tpu7x": Chip("tpu7x", "TPU7x", 1, 2.20e9, 2, 256, 8, 6, 3690e9, 96e9, 64 * MIB, (2, 2, 1), devices_per_chip=2),
+    "v5e": Chip("v5e", "TPU v5 lite", 1, 1.50e9, 4, 128, 16, 4, 819e9, 16e9, 128 * MIB, (2, 2), 197e12, 200e9),
+    "v5p": Chip("v5p", "TPU v5", 2, 1.75e9, 4, 128, 16, 4, 2765e9, 95e9, 64 * MIB, (2, 2, 1), 459e12, 600e9),
+    "v6e": Chip("v6e", "TPU v6 lite", 1, 1.75e9, 2, 256, 8, 4, 1640e9, 32e9, 128 * MIB, (2, 2), 918e12, 448e9),
+    "tpu7x": Chip("tpu7x", "TPU7x", 1, 2.20e9, 2, 256, 8, 6, 3690e9, 96e9, 64 * MIB, (2, 2, 1), 1153.5e12, 600e9, 2),
 }
+
+# bf16 peak of one GPU, FLOP/s, by the start of jax's device kind; NVIDIA's data sheets, without sparsity.
+GPU_PEAKS = {"NVIDIA A100": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12}
 
 # Slices that exist, smallest first: the first that holds the devices asked for is used.
 _SLICES_2D = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
