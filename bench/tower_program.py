@@ -14,7 +14,7 @@ from clipa_kernels import explain, flat_attention, supports
 
 from clipa_fast.config import ModelConfig, StageConfig
 from clipa_fast.model import transformer
-from clipa_fast.model.presets import towers
+from clipa_fast.model.presets import grid_size, towers
 from clipa_fast.training.step import graph, init_params, init_state, make_train_step
 
 
@@ -58,8 +58,9 @@ def tower_function(model: ModelConfig, stage: StageConfig, backward: bool) -> Ca
     graphdef = graph(model, stage.image_size, stage.text_length)
 
     def forward(params, image):
-        mask = image_mask(stage.image_mask, stage.mask_ratio, jax.random.key(0))
-        return nnx.merge(graphdef, params).encode_image(image, mask)
+        grid = grid_size(stage.image_size, towers(model).patch_size)
+        keep = image_mask(stage.image_mask, stage.mask_ratio, jax.random.key(0), image.shape[0], grid)
+        return nnx.merge(graphdef, params).encode_image(image, keep)
 
     return jax.grad(lambda params, image: forward(params, image)[:, 0].sum()) if backward else forward
 

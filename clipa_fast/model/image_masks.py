@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
 from clipa_fast.errors import UserError
 from clipa_fast.model.mask_sizes import kept_patches, per_cell, rectangle
 
-MaskFn = Callable[[int, int], jax.Array]
-"""(batch, grid) -> kept patch indices int32 [batch, kept], in raster order."""
 
-
-def image_mask(strategy: str, mask_ratio: float, key: jax.Array) -> MaskFn | None:
-    """The mask of a training step, or None where nothing is dropped.
+def image_mask(strategy: str, mask_ratio: float, key: jax.Array, batch: int, grid: int) -> jax.Array | None:
+    """Draws the patches that each image keeps: indices int32 [batch, kept] in raster order, or None for all.
 
     Args:
       strategy: `random` (each subset equally likely), `grid` (the same number out of each 2 x 2 cell, ratio 0.25, 0.5
         or 0.75 and an even grid) or `block` (one contiguous rectangle at a random place).
       mask_ratio: share of patches dropped, in [0, 1).
       key: jax PRNG key; equal keys keep equal patches.
+      batch: number of images.
+      grid: patches along one side of an image.
 
     Raises:
       UserError: a ratio or grid that the strategy cannot serve.
@@ -29,11 +26,11 @@ def image_mask(strategy: str, mask_ratio: float, key: jax.Array) -> MaskFn | Non
     if mask_ratio == 0.0:
         return None
     if strategy == "random":
-        return lambda batch, grid: _random(key, batch, grid, kept_patches(grid, mask_ratio))
+        return _random(key, batch, grid, kept_patches(grid, mask_ratio))
     if strategy == "grid":
-        return lambda batch, grid: _grid(key, batch, grid, mask_ratio)
+        return _grid(key, batch, grid, mask_ratio)
     if strategy == "block":
-        return lambda batch, grid: _block(key, batch, grid, mask_ratio)
+        return _block(key, batch, grid, mask_ratio)
     raise UserError(f"image_mask: unknown strategy {strategy!r}; accepted: random, grid, block")
 
 

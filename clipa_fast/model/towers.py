@@ -11,7 +11,6 @@ from flax import nnx
 
 from clipa_fast.config import ModelConfig
 from clipa_fast.model.architecture import PIXEL_NORMS, architecture
-from clipa_fast.model.image_masks import MaskFn
 from clipa_fast.model.positions import sincos_2d
 from clipa_fast.model.presets import PAPER_VOCAB_SIZE, Towers, grid_size, towers
 from clipa_fast.model.transformer import AttentionOptions, BlockInit, Pool, Transformer, layer_norm, linear
@@ -68,8 +67,11 @@ class VisionTower(nnx.Module):
         self.norm = layer_norm(size.width, about.norm_eps, dtype, rngs)
         self.head = linear(size.width, sizes.embed_dim, normal, dtype, rngs, bias=False)
 
-    def __call__(self, image: jax.Array, mask: MaskFn | None = None) -> jax.Array:
-        """image: normalised [B, side, side, 3]; mask: picks kept patches. Returns [B, embed_dim], not normalised."""
+    def __call__(self, image: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+        """Maps normalised pixels [B, side, side, 3] to features [B, embed_dim], not normalised.
+
+        `keep`: patches that enter the tower, int32 [B, kept]; None: all.
+        """
         batch, grid = image.shape[0], grid_size(image.shape[1], self.patch_size)
         width = self.patch_kernel.shape[-1]
         table = sincos_2d(grid, width) if self.position_table is None else self.position_table[...]
@@ -78,9 +80,8 @@ class VisionTower(nnx.Module):
         table = jnp.asarray(table, self.dtype)
         patches = _to_patches(image.astype(self.dtype), self.patch_size)
         positions = table[1:]
-        if mask is not None:
+        if keep is not None:
             # Dropping patches before the stem spares its work; positions follow their patches.
-            keep = mask(batch, grid)
             patches = jnp.take_along_axis(patches, keep[:, :, None], axis=1)
             positions = positions[keep]
         kernel = self.patch_kernel[...].astype(self.dtype).reshape(-1, width)
@@ -155,9 +156,9 @@ class CLIP(nnx.Module):
         self.text = TextTower(sizes, config, text_length, rngs=rngs)
         self.log_logit_scale = nnx.Param(jnp.asarray(_INITIAL_LOGIT_SCALE, jnp.float32))
 
-    def encode_image(self, image: jax.Array, mask: MaskFn | None = None) -> jax.Array:
-        """Pixels uint8 [B, side, side, 3] to L2-normalised float32 features [B, embed_dim]."""
-        return l2_normalize(self.vision(normalize_pixels(image, self.pixel_norm), mask))
+    def encode_image(self, image: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+        """Pixels uint8 [B, side, side, 3] to L2-normalised float32 features [B, embed_dim]; `keep` as `image_mask`."""
+        return l2_normalize(self.vision(normalize_pixels(image, self.pixel_norm), keep))
 
     def encode_text(self, tokens: jax.Array) -> jax.Array:
         """Tokens int32 [B, L] to L2-normalised float32 features [B, embed_dim]."""

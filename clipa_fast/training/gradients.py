@@ -53,8 +53,7 @@ def batch_gradients(
 
     def encode(params: Params, image: jax.Array, text: jax.Array, keep: jax.Array | None) -> Features:
         model = nnx.merge(graphdef, params)
-        mask = None if keep is None else lambda batch, grid: keep
-        return model.encode_image(image, mask), model.encode_text(text)
+        return model.encode_image(image, keep), model.encode_text(text)
 
     def whole(params: Params):
         return loss(*encode(params, image, text, keep), jnp.exp(params["log_logit_scale"]))

@@ -92,8 +92,7 @@ def make_train_step(
         params = state["params"]
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         # Drawn for the whole batch: in how many parts it is computed must not matter.
-        mask = image_mask(stage.image_mask, stage.mask_ratio, key)
-        keep = None if mask is None else mask(image.shape[0], grid)
+        keep = image_mask(stage.image_mask, stage.mask_ratio, key, image.shape[0], grid)
         loss, accuracy, gradients = batch_gradients(
             graphdef, loss_fn, params, image, text, keep, stage.micro_batches, mesh
         )

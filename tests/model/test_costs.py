@@ -126,8 +126,8 @@ def test_the_formula_counts_the_towers_products(monkeypatch, strategy, ratio):
 
     def forward(params, image, text):
         model: CLIP = nnx.merge(graphdef, params)
-        mask = image_mask(strategy, ratio, jax.random.key(0))
-        return model.encode_image(image, mask), model.encode_text(text)
+        keep = image_mask(strategy, ratio, jax.random.key(0), batch, 6)
+        return model.encode_image(image, keep), model.encode_text(text)
 
     image = jax.ShapeDtypeStruct((batch, 48, 48, 3), jnp.uint8)
     counted = products(jax.make_jaxpr(forward)(params, image, jax.ShapeDtypeStruct((batch, 7), jnp.int32)).jaxpr)

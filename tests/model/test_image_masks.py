@@ -31,7 +31,7 @@ SEEDS = st.integers(0, 2**31 - 1)
 
 @functools.cache
 def compiled(strategy, ratio, grid, batch):
-    return jax.jit(lambda seed: image_mask(strategy, ratio, jax.random.key(seed))(batch, grid))
+    return jax.jit(lambda seed: image_mask(strategy, ratio, jax.random.key(seed), batch, grid))
 
 
 def kept(strategy, ratio, grid, batch, seed):
@@ -112,7 +112,7 @@ def test_a_block_lies_anywhere_and_turns():
 
 
 def test_no_mask_where_nothing_is_dropped():
-    assert all(image_mask(strategy, 0.0, jax.random.key(0)) is None for strategy in ("random", "grid", "block"))
+    assert all(image_mask(strategy, 0.0, jax.random.key(0), 2, 4) is None for strategy in ("random", "grid", "block"))
 
 
 @pytest.mark.parametrize(

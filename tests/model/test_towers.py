@@ -44,13 +44,13 @@ def batch():
     return image, rng.integers(0, 50, (BATCH, LENGTH)).astype(np.int32)
 
 
-def encode(config, params, image, text, mask=None):
+def encode(config, params, image, text, keep=None):
     graphdef = graph(config, SIDE, LENGTH)
 
     @jax.jit
     def both(params):
         model = nnx.merge(graphdef, params)
-        return model.encode_image(image, mask), model.encode_text(text)
+        return model.encode_image(image, keep), model.encode_text(text)
 
     return both(params)
 
@@ -159,8 +159,7 @@ def test_towers_are_what_the_papers_describe(batch, convention, pool, masked):
     config = config_with(convention=convention, image_pool=pool)
     params = random_params(config)
     keep = np.sort(np.argsort(np.random.default_rng(2).random((BATCH, 9)), axis=1)[:, :4], axis=1) if masked else None
-    mask = (lambda batch, grid: jnp.asarray(keep)) if masked else None
-    ours = encode(config, params, image, text, mask)
+    ours = encode(config, params, image, text, None if keep is None else jnp.asarray(keep))
     np.testing.assert_allclose(ours[0], image_ref(config, params, image, keep), rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(ours[1], text_ref(config, params, text), rtol=0, atol=TOLERANCE)
 
@@ -185,11 +184,11 @@ def test_a_mask_keeps_the_class_token_and_nothing_of_the_dropped_patches(batch, 
     for y, x in ((0, 1), (1, 2), (2, 0)):
         part = np.s_[:, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
         other[part] = image[part]
-    masked = [encode(config, params, pixels, text, lambda batch, grid: keep)[0] for pixels in (image, other)]
+    masked = [encode(config, params, pixels, text, keep)[0] for pixels in (image, other)]
     np.testing.assert_array_equal(*masked)
     # The class token still matters, so it is still there.
     vision = dict(params["vision"], class_token=-params["vision"]["class_token"])
-    changed = encode(config, dict(params, vision=vision), image, text, lambda batch, grid: keep)[0]
+    changed = encode(config, dict(params, vision=vision), image, text, keep)[0]
     assert np.abs(changed - masked[0]).max() > 1e-3
 
 
