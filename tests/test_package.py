@@ -33,7 +33,11 @@ def tracked():
     """Files of the two packages that git knows, so that a stray one in the tree is no failure."""
     try:
         listed = subprocess.run(
-            ["git", "ls-files", "clipa_fast", "kernels"], cwd=ROOT, capture_output=True, text=True, check=True
+            ["git", "ls-files", "clipa_fast", "kernels/clipa_kernels"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -63,6 +67,23 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheels):
     assert {"clipa_fast/report/page.css", "clipa_fast/text/part_of_speech.txt"} <= names
     (entry_points,) = (wheels["standard"][name] for name in info if name.endswith("entry_points.txt"))
     assert b"clipa-fast = clipa_fast.cli.main:main" in entry_points
+
+
+def test_the_kernels_wheel_holds_the_kernels_and_nothing_else(wheels, tmp_path):
+    builder = pytest.importorskip("hatchling.builders.wheel").WheelBuilder(str(ROOT / "kernels"))
+    (path,) = builder.build(directory=str(tmp_path), versions=["standard"])
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    package = {name: content for name, content in files.items() if name.startswith("clipa_kernels/")}
+    info = {name.split("/")[0] for name in files.keys() - package.keys()}
+    (metadata,) = (content.decode() for name, content in files.items() if name.endswith("METADATA"))
+    needed = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra" not in line]
+    # Whichever of the two distributions is installed last, the files are the same.
+    trainers = wheels["standard"]
+    assert package == {name: content for name, content in trainers.items() if name.startswith("clipa_kernels/")}
+    assert [line.split()[1].split(">")[0] for line in needed] == ["jax", "numpy"]
+    (version,) = (name.split("/")[0] for name in trainers if name.endswith("METADATA"))
+    assert info == {version.replace("clipa_fast", "clipa_kernels")}
 
 
 def test_an_editable_install_puts_the_folder_of_links_on_the_path(wheels):
