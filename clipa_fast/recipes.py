@@ -2,7 +2,7 @@
 
 Source: the configs and scripts of CLIPA's JAX code (B/16, L/14, H/14) and its t5x branch (g/14, bigG/14). "12.8B" is
 10,000 times ImageNet's 1,281,167 pictures, in whole batches; "512M" and "128M" are 16,000 steps of 32,768 and 8,000 of
-16,384. The CLIPA-v1 runs of the PyTorch code use CLIP's BPE and causal text, which these towers do not build.
+16,384. The CLIPA-v1 runs of the PyTorch code, with CLIP's BPE and causal text, have no recipe here.
 """
 
 from __future__ import annotations

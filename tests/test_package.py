@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -84,6 +85,16 @@ def test_the_kernels_wheel_holds_the_kernels_and_nothing_else(wheels, tmp_path):
     assert [line.split()[1].split(">")[0] for line in needed] == ["jax", "numpy"]
     (version,) = (name.split("/")[0] for name in trainers if name.endswith("METADATA"))
     assert info == {version.replace("clipa_fast", "clipa_kernels")}
+
+
+def test_the_kernels_source_distribution_stands_alone(tmp_path):
+    builder = pytest.importorskip("hatchling.builders.sdist").SdistBuilder(str(ROOT / "kernels"))
+    (path,) = builder.build(directory=str(tmp_path), versions=["standard"])
+    with tarfile.open(path) as archive:
+        # pip refuses links that lead out of the archive.
+        assert all(member.isfile() for member in archive.getmembers())
+        (licence,) = (member for member in archive.getmembers() if member.name.endswith("/LICENSE"))
+        assert archive.extractfile(licence).read() == (ROOT / "LICENSE").read_bytes()
 
 
 def test_an_editable_install_puts_the_folder_of_links_on_the_path(wheels):

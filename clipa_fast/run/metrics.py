@@ -37,7 +37,7 @@ class Metrics:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends a row; it is on disk's way when this returns."""
+        """Appends a row; flushed, not fsynced, when this returns."""
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for name, value in row.items():

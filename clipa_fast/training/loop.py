@@ -164,7 +164,10 @@ class _FiniteCheck:
         self.skipped = 0
 
     def __call__(self, state: State, at: int, outcome: dict[str, Any], index: np.ndarray) -> bool:
-        """Whether step `at` of the stage was finite; `state` is one that no other kind of step has touched."""
+        """Return whether step `at` of the stage was finite.
+
+        `state` holds the pre-step parameters: a non-finite step leaves them unchanged.
+        """
         name = culprit(outcome)
         if name is None:
             self._in_a_row = 0

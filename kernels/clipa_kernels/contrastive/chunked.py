@@ -1,4 +1,4 @@
-"""What makes a few rows of a block of logits at a time, and multiplies them with features, has these in common."""
+"""Shared by the XLA and GPU losses: a scan over row chunks, and a float32-accumulating matmul."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from jax import lax
 
 
 def over_rows(rows: Any, size: int, state: Any, work: Callable[[Any, Any, Any], tuple[Any, Any]]) -> tuple[Any, Any]:
-    """work(some rows, the first one's index, state) -> (state, results for these rows), over all rows in turn.
+    """Scan `work(chunk of rows, index of its first row, state) -> (state, results for the chunk)` over all rows.
 
     Args:
       rows: a tree of arrays [rows, ...].
-      size: how many at a time; the last ones may be fewer.
-      state: what goes from one call to the next.
-      work: the results are a tree of arrays with a row for each row.
+      size: rows in a chunk; the last chunk may have fewer.
+      state: carried from chunk to chunk.
+      work: returns results as a tree of arrays with one row for each row of the chunk.
 
     Returns:
       The last state, and the results of all rows.
@@ -47,8 +47,8 @@ def over_rows(rows: Any, size: int, state: Any, work: Callable[[Any, Any, Any], 
 
 
 def products(a: jax.Array, b: jax.Array, subscripts: str = "id,jd->ij") -> jax.Array:
-    """Matrix products in at least float32, with float32 operands in full precision."""
-    # Left alone, accelerators multiply float32 in less.
+    """Multiply, accumulating in at least float32; float32 operands keep their full precision."""
+    # By default accelerators multiply float32 in reduced precision.
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     wide = jnp.promote_types(a.dtype, jnp.float32)
     return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=wide)

@@ -88,10 +88,9 @@ def tracks_replication(axis_names: tuple[Any, ...]) -> bool:
 
 
 def alike(tree: Any, axis_names: tuple[Any, ...]) -> Any:
-    """The same values, all of which may differ along `axis_names` and wherever any of them does.
+    """Mark every leaf as device-varying over `axis_names`, and over each axis that any leaf varies along.
 
-    The transposition sums over the devices of the axes that a value is made to differ along: a gradient of what comes
-    out is this device's part, and jax makes the whole of it.
+    The transpose is a psum over the axes added, so cotangents may stay per-device partial sums.
     """
     axes = frozenset().union(*map(_varying_axes, jax.tree.leaves(tree)))
     if axis_names and tracks_replication(axis_names):

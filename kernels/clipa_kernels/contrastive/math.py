@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from clipa_kernels.contrastive.spec import ContrastiveProblem
 
 LOWEST = -1e25
-"""The largest of no logits."""
+"""Initial running maximum; finite, because exp(-inf - -inf) is NaN."""
 
 
 class Scalars(NamedTuple):
@@ -200,7 +200,7 @@ class WeightSums(NamedTuple):
 
 
 def weight_sums(problem: ContrastiveProblem, similarity: jax.Array, weight: jax.Array) -> WeightSums:
-    """Of both, what the loss has a use for."""
+    """`WeightSums`; `weight` is None unless the loss is sigmoid."""
     return WeightSums(similarity, weight if problem.kind == "sigmoid" else None)
 
 
@@ -215,10 +215,10 @@ def spread_factor(problem: ContrastiveProblem, count: Any) -> Any:
 def spread_out(
     problem: ContrastiveProblem, sums: FeatureSums, own_sums: FeatureSums, count: Any, own_weight: jax.Array
 ) -> WeightSums:
-    """What label smoothing spreads over all logits, of some rows against all columns.
+    """Sums that label smoothing adds for some rows against all columns.
 
     `sums` are over all pairs, `count` of them; `own_sums` and `own_weight`, the sum of weights, over those of the rows.
-    Whole where the rows of all devices are summed: where a row's weights differ, it gives what its columns should.
+    Only the sum over devices is correct: with unequal weights, one device's value contains other devices' terms.
     """
     factor = spread_factor(problem, count)
     exact = partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clipa_kernels.contrastive import vjp as contrastive_function
+from clipa_kernels.contrastive import vjp
 from clipa_kernels.contrastive.chunked import over_rows, products
 from clipa_kernels.contrastive.math import LOWEST, Scalars, Side, Statistics, WeightSums, merged, nothing, weight_sums
 from clipa_kernels.contrastive.spec import ContrastiveOperands, ContrastiveProblem
@@ -18,11 +18,11 @@ CHUNK = 1 << 22
 
 def loss(problem: ContrastiveProblem, operands: ContrastiveOperands):
     """The scalar loss of the global batch, and the `InBatchAccuracy`."""
-    return contrastive_function.loss(BLOCKS, problem, operands)
+    return vjp.loss(BLOCKS, problem, operands)
 
 
 def statistics(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array):
-    """See `contrastive_function.Blocks`."""
+    """See `vjp.Blocks`."""
 
     def work(part, first, so_far):
         of_rows, of_columns = _chunk_statistics(problem, scalars, part, columns, own + first)
@@ -42,7 +42,7 @@ def gradient(
     initial: Any,
     wants_sums: bool,
 ):
-    """See `contrastive_function.Blocks`."""
+    """See `vjp.Blocks`."""
 
     def work(part, first, sums):
         weights, more = _weights(problem, scalars, part, columns, own + first)
@@ -56,7 +56,7 @@ def gradient(
 
 
 def gradients(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array):
-    """See `contrastive_function.Blocks`."""
+    """See `vjp.Blocks`."""
 
     def work(part, first, state):
         of_columns, sums = state
@@ -72,7 +72,7 @@ def gradients(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns
     return of_rows, of_columns, sums
 
 
-BLOCKS = contrastive_function.Blocks(statistics, gradient, gradients)
+BLOCKS = vjp.Blocks(statistics, gradient, gradients)
 
 
 def _chunk(rows: Side, columns: Side) -> int:

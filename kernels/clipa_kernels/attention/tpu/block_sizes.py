@@ -33,7 +33,7 @@ class Settings(NamedTuple):
     and take longer to compile. lags, spread: see `Tiling`. passes: of the loop in a block, at least, if the batch
     allows; before and after them some stages run alone, which is much of the time where long tiles have few passes, and
     with less than `ROLLING_PASSES` in each pass. loop_registers: of logits in a loop body of several tiles, at most.
-    keys_across: in the backward in bfloat16, where the heads allow it; see `across_tiles`.
+    keys_across: in the backward in bfloat16, where the heads allow it; see `keys_on_lanes`.
     """
 
     heads: int

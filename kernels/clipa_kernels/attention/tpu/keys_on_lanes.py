@@ -1,9 +1,9 @@
-"""The backward of long tiles with queries along rows and keys along columns: the other way round than in `long_tiles`.
+"""The backward of long tiles with queries along rows and keys along columns, transposed against `single_sequence`.
 
 A 256-wide matrix unit takes weights in as they lie in half the time it needs to turn them. Of the three products with
-probabilities and gradients of logits one has them turned here, two in `long_tiles`. What is subtracted from the logits
-of a query and from the gradients of its probabilities would have to be spread along lanes; it rides in lanes beside the
-head's instead, which are zeros otherwise, against ones beside keys and values. So does the mask of the keys.
+probabilities and gradients of logits one has them turned here, two in `single_sequence`. What is subtracted from the
+logits of a query and from the gradients of its probabilities would have to be spread along lanes; it rides in lanes
+beside the head's instead, which are zeros otherwise, against ones beside keys and values. So does the mask of the keys.
 
 The sum of probabilities times their gradients, which is subtracted from the latter, is that of the output times its
 gradient. The rounded output would not do where the values that a query attends to have much in common, so the forward

@@ -37,9 +37,9 @@ def for_tiles(tiling: Tiling, stages: int, work: Callable, order: Sequence[int] 
     stage leaves for the next one waits in VMEM, in as many places as items are under way. The first `of_parts`
     stages take every part of a head group, those that follow the whole group.
 
-    Where `is_rolling`, a pass of the loop also ends what the pass before it began, so that the matrix unit does not
-    run dry between them. The first pass has none before it: it "ends" the first tile, from whatever VMEM holds. That
-    goes where the right results come later: an item's own stage is always after the one that stands in for it.
+    Where `is_rolling`, an iteration of the loop also drains what the one before it started, so that the matrix unit
+    does not run dry between them. Prologue: the first iteration drains a tile that never started and stores
+    garbage; safe, because that tile's own stages overwrite it later.
 
     Stages that yield take turns, so that the products of several mix. The stages of a step follow each other in their
     own order, or in that of `order`.

@@ -7,8 +7,8 @@ probabilities times their gradients, it adds up itself: made from the rounded ou
 of a gradient where values have much in common. For that it needs probabilities that add up to 1 before they are
 rounded.
 
-Where that backward does not follow, the matrix unit sums up the rounded weights, beside the output. For the other
-backward, `across_tiles`, the forward also keeps what rounding took from the output: both together are exact enough.
+Otherwise the MXU computes the sums of the rounded weights, beside the output. For the other backward,
+`keys_on_lanes`, the forward also keeps what rounding took from the output: both together are exact enough.
 """
 
 import itertools

@@ -5,9 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from clipa_kernels.attention.tpu import keys_on_lanes as across_tiles
-from clipa_kernels.attention.tpu import packed_sequences as short_tiles
-from clipa_kernels.attention.tpu import single_sequence as long_tiles
+from clipa_kernels.attention.tpu import keys_on_lanes, packed_sequences, single_sequence
 from clipa_kernels.attention.tpu.tile_mask import tile_bias
 from clipa_kernels.attention.tpu.tiling import Tiling
 from clipa_kernels.tpu.compat import pl, pltpu
@@ -84,11 +82,11 @@ def forward(
     results = "r"
     if tiling.is_long:
         results += "s" * keep_statistics + "r" * keep_remainders
-        kernel = functools.partial(long_tiles.forward_kernel, *fixed, keep_statistics, keep_remainders)
-        scratch = long_tiles.forward_scratch(tiling, query.dtype)
+        kernel = functools.partial(single_sequence.forward_kernel, *fixed, keep_statistics, keep_remainders)
+        scratch = single_sequence.forward_scratch(tiling, query.dtype)
     else:
-        kernel = functools.partial(short_tiles.forward_kernel, *fixed)
-        scratch = short_tiles.forward_scratch(tiling, query.dtype)
+        kernel = functools.partial(packed_sequences.forward_kernel, *fixed)
+        scratch = packed_sequences.forward_scratch(tiling, query.dtype)
     options = {"is_causal": is_causal, "vmem_bytes": vmem_bytes, "interpret": interpret}
     return _call(kernel, "attention_forward", tiling, (query, key, value), results, lengths, scratch, **options)
 
@@ -114,7 +112,7 @@ def backward(
       statistics: what the forward returned beside the output, in a list; empty where tiles are short. Where the tiling
         says `keys_across`, remainders are among them, and the output comes last.
     """
-    tiles = across_tiles if tiling.keys_across else long_tiles if tiling.is_long else short_tiles
+    tiles = keys_on_lanes if tiling.keys_across else single_sequence if tiling.is_long else packed_sequences
     kernel = functools.partial(tiles.backward_kernel, tiling, scale, is_causal, lengths is not None)
     operands = (query, key, value, d_out, *statistics)
     options = {"is_causal": is_causal, "vmem_bytes": vmem_bytes, "interpret": interpret}

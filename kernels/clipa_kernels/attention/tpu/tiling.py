@@ -60,7 +60,7 @@ def riders_of(group: HeadGroup) -> int | None:
 
 
 def can_lie_across(groups: tuple[HeadGroup, ...], tile_rows: int) -> bool:
-    """Whether `across_tiles` can take these groups: one head each, of whole registers, with lanes to spare."""
+    """Whether `keys_on_lanes` can take these groups: one head each, of whole registers, with lanes to spare."""
     return tile_rows > LANES and all(
         group.width % LANES == 0 and riders_of(group) is not None and all(edge % RIDERS == 0 for edge in group.heads[0])
         for group in groups
@@ -85,7 +85,7 @@ class Tiling:
     apart: softmax and first product behind the logits, and the backward's three products behind each other.
     With `looped_heads` the loop goes over that many heads too, one group standing for all of them: code for long
     sequences is too large to repeat for each head. `keys_across`: the logits of the backward have queries along rows,
-    see `across_tiles`; every group is one head then.
+    see `keys_on_lanes`; every group is one head then.
     """
 
     length: int

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clipa_kernels.contrastive import vjp as contrastive_function
+from clipa_kernels.contrastive import vjp
 from clipa_kernels.contrastive.chunked import over_rows, products
 from clipa_kernels.contrastive.gpu import kernels
 from clipa_kernels.contrastive.math import Scalars, Side, merged, nothing, weight_sums
@@ -49,7 +49,7 @@ def preferred(problem: ContrastiveProblem) -> Support:
 
 def loss(problem: ContrastiveProblem, operands: ContrastiveOperands, *, interpret: bool = False):
     """The scalar loss of the global batch, and the `InBatchAccuracy`."""
-    return contrastive_function.loss(_blocks(interpret), problem, operands)
+    return vjp.loss(_blocks(interpret), problem, operands)
 
 
 @functools.cache
@@ -72,7 +72,7 @@ def _block(scalars: Scalars, rows: Side, columns: Side, own: Any) -> kernels.Blo
 def _statistics(
     interpret: bool, problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array
 ):
-    """See `contrastive_function.Blocks`."""
+    """See `vjp.Blocks`."""
 
     def work(part, first, so_far):
         block = _block(scalars, part, columns, own + first)
@@ -96,7 +96,7 @@ def _gradient(
     initial: Any,
     wants_sums: bool,
 ):
-    """See `contrastive_function.Blocks`."""
+    """See `vjp.Blocks`."""
 
     def work(part, first, sums):
         weights, more = _weights(interpret, problem, scalars, part, columns, own + first)
@@ -112,7 +112,7 @@ def _gradient(
 def _gradients(
     interpret: bool, problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array
 ):
-    """See `contrastive_function.Blocks`."""
+    """See `vjp.Blocks`."""
 
     def work(part, first, state):
         of_columns, sums = state

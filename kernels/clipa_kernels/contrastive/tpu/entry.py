@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from clipa_kernels.attention.tpu.tiling import LANES, SUBLANES, round_up
 from clipa_kernels.contrastive import math as contrastive_terms
-from clipa_kernels.contrastive import vjp as contrastive_function
+from clipa_kernels.contrastive import vjp
 from clipa_kernels.contrastive.math import Scalars, Side, Statistics
 from clipa_kernels.contrastive.spec import ContrastiveOperands, ContrastiveProblem
 from clipa_kernels.contrastive.tpu import kernels as tiles
@@ -36,11 +36,11 @@ def supports(problem: ContrastiveProblem) -> Support:
 
 def loss(problem: ContrastiveProblem, operands: ContrastiveOperands):
     """The scalar loss of the global batch, and the `InBatchAccuracy`."""
-    return contrastive_function.loss(BLOCKS, problem, operands)
+    return vjp.loss(BLOCKS, problem, operands)
 
 
 def statistics(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array):
-    """See `contrastive_function.Blocks`."""
+    """See `vjp.Blocks`."""
     most = _columns_at_once(chip_of(rows.features))
     count = columns.features.shape[0]
     if count > most:
@@ -65,7 +65,7 @@ def gradient(
     initial: Any,
     wants_sums: bool,
 ):
-    """See `contrastive_function.Blocks`."""
+    """See `vjp.Blocks`."""
     sizes = _sizes(problem, rows, columns)
     block = _block(sizes, scalars, rows, columns, own)
     if initial is not None:
@@ -80,7 +80,7 @@ def gradient(
     )
 
 
-BLOCKS = contrastive_function.Blocks(statistics, gradient)
+BLOCKS = vjp.Blocks(statistics, gradient)
 
 
 @functools.cache

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clipa_kernels.attention.tpu import block_sizes
-from clipa_kernels.attention.tpu import keys_on_lanes as across_tiles
+from clipa_kernels.attention.tpu import block_sizes, keys_on_lanes
 from clipa_kernels.attention.tpu.block_sizes import Settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,13 +28,13 @@ def backwards(monkeypatch):
         for d in (48, 64, 80)
     }
     monkeypatch.setattr(block_sizes, "TABLE", block_sizes.TABLE | table)
-    calls, kernel = [], across_tiles.backward_kernel
+    calls, kernel = [], keys_on_lanes.backward_kernel
 
     def counted(*args):
         calls.append(args)
         return kernel(*args)
 
-    monkeypatch.setattr(across_tiles, "backward_kernel", counted)
+    monkeypatch.setattr(keys_on_lanes, "backward_kernel", counted)
     yield calls
     assert calls
 
