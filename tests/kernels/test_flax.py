@@ -13,7 +13,8 @@ import threading
 import warnings
 
 import clipa_kernels
-import clipa_kernels.flax as fused
+import clipa_kernels.flax
+import clipa_kernels.integrations.flax as fused
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -487,4 +488,4 @@ def test_the_installed_flax_and_ours_do_not_shadow_each_other():
         "assert 'clipa_fast' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
-    assert clipa_kernels.flax is fused
+    assert clipa_kernels.flax.fused_attention is fused.fused_attention
