@@ -1,4 +1,4 @@
-"""Shared by the XLA and GPU losses: a scan over row chunks, and a float32-accumulating matmul."""
+"""Shared by the XLA and GPU losses: `Blocks` that scan over row chunks, and a float32-accumulating matmul."""
 
 from __future__ import annotations
 
@@ -8,6 +8,68 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from clipa_kernels.contrastive.math import Scalars, Side, Statistics, WeightSums, merged, nothing, weight_sums
+from clipa_kernels.contrastive.spec import ContrastiveProblem
+from clipa_kernels.contrastive.vjp import Blocks
+
+
+def chunked_blocks(
+    statistics_of: Callable[..., tuple[Statistics, Statistics]],
+    weights_of: Callable[..., tuple[jax.Array, WeightSums]],
+    chunk_rows: Callable[[Side, Side], int],
+) -> Blocks:
+    """Make the `Blocks` of an implementation that computes the logits of one chunk of rows at a time.
+
+    Args:
+      statistics_of: (problem, scalars, rows, columns, own) -> statistics of these rows, and of the columns among them.
+      weights_of: (problem, scalars, rows, columns, own) -> N * d loss / d logits in the features' dtype, 0 for own
+        logits, and their sums before they were rounded.
+      chunk_rows: (rows, columns) -> rows in a chunk.
+    """
+
+    def statistics(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array):
+        def work(part, first, so_far):
+            of_rows, of_columns = statistics_of(problem, scalars, part, columns, own + first)
+            return merged(problem, so_far, of_columns), of_rows
+
+        start = nothing(problem, columns.features.shape[0], scalars.scale.dtype, of_rows=False)
+        of_columns, of_rows = over_rows(rows, chunk_rows(rows, columns), start, work)
+        return of_rows, of_columns
+
+    def gradient(
+        problem: ContrastiveProblem,
+        scalars: Scalars,
+        rows: Side,
+        columns: Side,
+        own: jax.Array,
+        initial: Any,
+        wants_sums: bool,
+    ):
+        def work(part, first, sums):
+            weights, more = weights_of(problem, scalars, part, columns, own + first)
+            gradient = products(weights, columns.features, "ij,jd->id")
+            return (jax.tree.map(jnp.add, sums, more) if wants_sums else None), gradient
+
+        zero = jnp.zeros((), scalars.scale.dtype)
+        start = weight_sums(problem, zero, zero) if wants_sums else None
+        sums, gradient = over_rows(rows, chunk_rows(rows, columns), start, work)
+        return gradient if initial is None else initial + gradient, sums
+
+    def gradients(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array):
+        def work(part, first, state):
+            of_columns, sums = state
+            weights, more = weights_of(problem, scalars, part, columns, own + first)
+            of_columns += products(weights, part.features, "ij,id->jd")
+            of_rows = products(weights, columns.features, "ij,jd->id")
+            return (of_columns, jax.tree.map(jnp.add, sums, more)), of_rows
+
+        zero = jnp.zeros((), scalars.scale.dtype)
+        start = jnp.zeros(columns.features.shape, zero.dtype), weight_sums(problem, zero, zero)
+        (of_columns, sums), of_rows = over_rows(rows, chunk_rows(rows, columns), start, work)
+        return of_rows, of_columns, sums
+
+    return Blocks(statistics, gradient, gradients)
 
 
 def over_rows(rows: Any, size: int, state: Any, work: Callable[[Any, Any, Any], tuple[Any, Any]]) -> tuple[Any, Any]:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from clipa_kernels.contrastive import vjp
-from clipa_kernels.contrastive.chunked import over_rows, products
-from clipa_kernels.contrastive.math import LOWEST, Scalars, Side, Statistics, WeightSums, merged, nothing, weight_sums
+from clipa_kernels.contrastive.chunked import chunked_blocks, products
+from clipa_kernels.contrastive.math import LOWEST, Scalars, Side, Statistics, WeightSums, weight_sums
 from clipa_kernels.contrastive.spec import ContrastiveOperands, ContrastiveProblem
 
 CHUNK = 1 << 22
@@ -19,60 +19,6 @@ CHUNK = 1 << 22
 def loss(problem: ContrastiveProblem, operands: ContrastiveOperands):
     """The scalar loss of the global batch, and the `InBatchAccuracy`."""
     return vjp.loss(BLOCKS, problem, operands)
-
-
-def statistics(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array):
-    """See `vjp.Blocks`."""
-
-    def work(part, first, so_far):
-        of_rows, of_columns = _chunk_statistics(problem, scalars, part, columns, own + first)
-        return merged(problem, so_far, of_columns), of_rows
-
-    start = nothing(problem, columns.features.shape[0], scalars.scale.dtype, of_rows=False)
-    of_columns, of_rows = over_rows(rows, _chunk(rows, columns), start, work)
-    return of_rows, of_columns
-
-
-def gradient(
-    problem: ContrastiveProblem,
-    scalars: Scalars,
-    rows: Side,
-    columns: Side,
-    own: jax.Array,
-    initial: Any,
-    wants_sums: bool,
-):
-    """See `vjp.Blocks`."""
-
-    def work(part, first, sums):
-        weights, more = _weights(problem, scalars, part, columns, own + first)
-        gradient = products(weights.astype(problem.dtype), columns.features, "ij,jd->id")
-        return (jax.tree.map(jnp.add, sums, more) if wants_sums else None), gradient
-
-    zero = jnp.zeros((), scalars.scale.dtype)
-    start = weight_sums(problem, zero, zero) if wants_sums else None
-    sums, gradient = over_rows(rows, _chunk(rows, columns), start, work)
-    return gradient if initial is None else initial + gradient, sums
-
-
-def gradients(problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array):
-    """See `vjp.Blocks`."""
-
-    def work(part, first, state):
-        of_columns, sums = state
-        weights, more = _weights(problem, scalars, part, columns, own + first)
-        small = weights.astype(problem.dtype)
-        of_columns += products(small, part.features, "ij,id->jd")
-        of_rows = products(small, columns.features, "ij,jd->id")
-        return (of_columns, jax.tree.map(jnp.add, sums, more)), of_rows
-
-    zero = jnp.zeros((), scalars.scale.dtype)
-    start = jnp.zeros(columns.features.shape, zero.dtype), weight_sums(problem, zero, zero)
-    (of_columns, sums), of_rows = over_rows(rows, _chunk(rows, columns), start, work)
-    return of_rows, of_columns, sums
-
-
-BLOCKS = vjp.Blocks(statistics, gradient, gradients)
 
 
 def _chunk(rows: Side, columns: Side) -> int:
@@ -142,7 +88,7 @@ def _factors(rows: Side, columns: Side) -> Any:
 def _weights(
     problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array
 ) -> tuple[jax.Array, WeightSums]:
-    """N * d loss / d logits of a block, 0 for own logits; and their sums."""
+    """N * d loss / d logits of a block in the features' dtype, 0 for own logits; and their sums before rounding."""
     row_terms, column_terms = rows.terms, columns.terms
     similarity = products(rows.features, columns.features)
     logits = _among_pairs(_logits(scalars, similarity), rows, columns)
@@ -160,4 +106,7 @@ def _weights(
         tops = row_terms.teacher_top, column_terms.teacher_top
         weights -= softmaxes(logits, tops, (row_terms.teacher_factor, column_terms.teacher_factor))
     weights = jnp.where(_is_own(rows, columns, own), 0, weights)
-    return weights, weight_sums(problem, (weights * similarity).sum(), weights.sum())
+    return weights.astype(problem.dtype), weight_sums(problem, (weights * similarity).sum(), weights.sum())
+
+
+BLOCKS = chunked_blocks(_chunk_statistics, _weights, _chunk)

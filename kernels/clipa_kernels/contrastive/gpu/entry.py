@@ -7,16 +7,15 @@ the features to XLA. On one device a panel serves both sides: four products of b
 
 from __future__ import annotations
 
-import functools
+from functools import cache, partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from clipa_kernels.contrastive import vjp
-from clipa_kernels.contrastive.chunked import over_rows, products
+from clipa_kernels.contrastive.chunked import chunked_blocks
 from clipa_kernels.contrastive.gpu import kernels
-from clipa_kernels.contrastive.math import Scalars, Side, merged, nothing, weight_sums
+from clipa_kernels.contrastive.math import Scalars, Side
 from clipa_kernels.contrastive.spec import ContrastiveOperands, ContrastiveProblem
 from clipa_kernels.contrastive.vjp import Blocks
 from clipa_kernels.dispatch import SUPPORTED, Support, unsupported
@@ -52,10 +51,12 @@ def loss(problem: ContrastiveProblem, operands: ContrastiveOperands, *, interpre
     return vjp.loss(_blocks(interpret), problem, operands)
 
 
-@functools.cache
+@cache
 def _blocks(interpret: bool) -> Blocks:
-    ways = _statistics, _gradient, _gradients
-    return Blocks(*(functools.partial(way, interpret) for way in ways))
+    def chunk_rows(rows: Side, columns: Side) -> int:
+        return panel_rows(columns.features.shape[0])
+
+    return chunked_blocks(partial(_statistics, interpret), partial(_weights, interpret), chunk_rows)
 
 
 def _call(problem: ContrastiveProblem, interpret: bool) -> kernels.PairCall:
@@ -69,61 +70,8 @@ def _block(scalars: Scalars, rows: Side, columns: Side, own: Any) -> kernels.Blo
     return kernels.Block(rows.features, columns.features, own, both, rows.weight, columns.weight)
 
 
-def _statistics(
-    interpret: bool, problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array
-):
-    """See `vjp.Blocks`."""
-
-    def work(part, first, so_far):
-        block = _block(scalars, part, columns, own + first)
-        of_rows, of_columns = kernels.statistics(_call(problem, interpret), block)
-        return merged(problem, so_far, of_columns), of_rows
-
-    count = columns.features.shape[0]
-    of_columns, of_rows = over_rows(
-        rows, panel_rows(count), nothing(problem, count, scalars.scale.dtype, of_rows=False), work
-    )
-    return of_rows, of_columns
-
-
-def _gradient(
-    interpret: bool,
-    problem: ContrastiveProblem,
-    scalars: Scalars,
-    rows: Side,
-    columns: Side,
-    own: jax.Array,
-    initial: Any,
-    wants_sums: bool,
-):
-    """See `vjp.Blocks`."""
-
-    def work(part, first, sums):
-        weights, more = _weights(interpret, problem, scalars, part, columns, own + first)
-        sums = jax.tree.map(jnp.add, sums, more) if wants_sums else None
-        return sums, products(weights, columns.features, "ij,jd->id")
-
-    zero = jnp.zeros((), scalars.scale.dtype)
-    start = weight_sums(problem, zero, zero) if wants_sums else None
-    sums, gradient = over_rows(rows, panel_rows(columns.features.shape[0]), start, work)
-    return gradient if initial is None else initial + gradient, sums
-
-
-def _gradients(
-    interpret: bool, problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: jax.Array
-):
-    """See `vjp.Blocks`."""
-
-    def work(part, first, state):
-        of_columns, sums = state
-        weights, more = _weights(interpret, problem, scalars, part, columns, own + first)
-        of_columns += products(weights, part.features, "ij,id->jd")
-        return (of_columns, jax.tree.map(jnp.add, sums, more)), products(weights, columns.features, "ij,jd->id")
-
-    zero = jnp.zeros((), scalars.scale.dtype)
-    start = jnp.zeros(columns.features.shape, zero.dtype), weight_sums(problem, zero, zero)
-    (of_columns, sums), of_rows = over_rows(rows, panel_rows(columns.features.shape[0]), start, work)
-    return of_rows, of_columns, sums
+def _statistics(interpret: bool, problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: Any):
+    return kernels.statistics(_call(problem, interpret), _block(scalars, rows, columns, own))
 
 
 def _weights(interpret: bool, problem: ContrastiveProblem, scalars: Scalars, rows: Side, columns: Side, own: Any):

@@ -51,7 +51,7 @@ class Block(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Of the rows or the columns of a tile: `contrastive_terms.Statistics` without a teacher's."""
+    """Of the rows or the columns of a tile: `contrastive.math.Statistics` without a teacher's."""
 
     top: Any
     total: Any

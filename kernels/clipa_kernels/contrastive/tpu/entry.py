@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from clipa_kernels.attention.tpu.tiling import LANES, SUBLANES, round_up
-from clipa_kernels.contrastive import math as contrastive_terms
 from clipa_kernels.contrastive import vjp
-from clipa_kernels.contrastive.math import Scalars, Side, Statistics
+from clipa_kernels.contrastive.math import Scalars, Side, Statistics, merged, weight_sums
 from clipa_kernels.contrastive.spec import ContrastiveOperands, ContrastiveProblem
 from clipa_kernels.contrastive.tpu import kernels as tiles
 from clipa_kernels.dispatch import SUPPORTED, Support, unsupported
@@ -48,7 +47,7 @@ def statistics(problem: ContrastiveProblem, scalars: Scalars, rows: Side, column
         one = statistics(problem, scalars, rows, first, own)
         other = statistics(problem, scalars, rows, rest, own - most)
         of_columns = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), one[1], other[1])
-        return contrastive_terms.merged(problem, one[0], other[0]), of_columns
+        return merged(problem, one[0], other[0]), of_columns
     sizes = _sizes(problem, rows, columns)
     block = _block(sizes, scalars, rows, columns, own)
     terms = (_terms(sizes.rows, rows), _terms(sizes.columns, columns)) if sizes.masked else (None, None)
@@ -75,9 +74,7 @@ def gradient(
     out = out[: rows.features.shape[0]]
     if sums is None:
         return out, None
-    return out, contrastive_terms.weight_sums(
-        problem, *(sums[k].sum() for k in (tiles.SIMILARITY_SUM, tiles.WEIGHT_SUM))
-    )
+    return out, weight_sums(problem, *(sums[k].sum() for k in (tiles.SIMILARITY_SUM, tiles.WEIGHT_SUM)))
 
 
 BLOCKS = vjp.Blocks(statistics, gradient)
