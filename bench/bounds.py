@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from bench.machine import processor
-from clipa_fast.hardware import CHIPS
+from clipa_fast.hardware import chip_of_kind
 from clipa_fast.planning.devices import DEVICES
 
 _COPY_FLOATS = 2**25  # 128 MiB: larger than any cache
@@ -49,8 +49,8 @@ def device_limits() -> Limits:
     kind = device.device_kind
     if device.platform == "cpu":
         return Limits("cpu", processor(), _copy_rate(), _matmul_rate())
-    by_kind = {chip.device_kind: name for name, chip in CHIPS.items()}
-    name = by_kind.get(kind) or next((short for mark, short in _GPU_NAMES.items() if mark in kind), None)
+    chip = chip_of_kind(kind)
+    name = chip.name if chip else next((short for mark, short in _GPU_NAMES.items() if mark in kind), None)
     if name is None:
         return Limits(kind, kind, None, None)
     limits = chip_limits(name)

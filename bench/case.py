@@ -21,9 +21,8 @@ import numpy as np
 from bench.bounds import Limits, chip_limits, device_limits
 from bench.history import HISTORY, MEASURED, STATIC, Row, append
 from bench.machine import busy_seconds, own_seconds
+from clipa_fast.hardware import CHIPS
 from clipa_fast.profiling.measured.trace import record, run_times
-
-STATIC_CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Case:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Flags that every measurement of this kind has."""
-    parser.add_argument("--static", choices=STATIC_CHIPS, help="static estimate for this TPU; nothing runs")
+    parser.add_argument("--static", choices=list(CHIPS), help="static estimate for this TPU; nothing runs")
     parser.add_argument("--rounds", type=int, default=15, help="times taken of each implementation, in turns")
     parser.add_argument("--seconds", type=float, default=20.0, help="stop a case's rounds after so long")
     parser.add_argument("--history", type=Path, default=HISTORY, help="JSON lines to append to")

@@ -50,10 +50,74 @@ TpuName = Literal["v5e", "v5p", "v6e", "tpu7x"]
 MIB = 2**20
 # Links: v5e 1,600, v5p 4,800, v6e 3,584 Gbit/s a chip; half a chip's 9,600 on tpu7x.
 CHIPS = {
-    "v5e": Chip("v5e", "TPU v5 lite", 1, 1.50e9, 4, 128, 16, 4, 819e9, 16e9, 128 * MIB, (2, 2), 197e12, 200e9),
-    "v5p": Chip("v5p", "TPU v5", 2, 1.75e9, 4, 128, 16, 4, 2765e9, 95e9, 64 * MIB, (2, 2, 1), 459e12, 600e9),
-    "v6e": Chip("v6e", "TPU v6 lite", 1, 1.75e9, 2, 256, 8, 4, 1640e9, 32e9, 128 * MIB, (2, 2), 918e12, 448e9),
-    "tpu7x": Chip("tpu7x", "TPU7x", 1, 2.20e9, 2, 256, 8, 6, 3690e9, 96e9, 64 * MIB, (2, 2, 1), 1153.5e12, 600e9, 2),
+    chip.name: chip
+    for chip in (
+        Chip(
+            name="v5e",
+            device_kind="TPU v5 lite",
+            cores=1,
+            clock_hz=1.50e9,
+            mxus=4,
+            mxu_size=128,
+            cycles_per_matmul=16,
+            branch_delay=4,
+            hbm_bytes_per_second=819e9,
+            hbm_bytes=16e9,
+            vmem_bytes=128 * MIB,
+            host_shape=(2, 2),
+            published_peak_flops=197e12,
+            link_bytes_per_second=200e9,
+        ),
+        Chip(
+            name="v5p",
+            device_kind="TPU v5",
+            cores=2,
+            clock_hz=1.75e9,
+            mxus=4,
+            mxu_size=128,
+            cycles_per_matmul=16,
+            branch_delay=4,
+            hbm_bytes_per_second=2765e9,
+            hbm_bytes=95e9,
+            vmem_bytes=64 * MIB,
+            host_shape=(2, 2, 1),
+            published_peak_flops=459e12,
+            link_bytes_per_second=600e9,
+        ),
+        Chip(
+            name="v6e",
+            device_kind="TPU v6 lite",
+            cores=1,
+            clock_hz=1.75e9,
+            mxus=2,
+            mxu_size=256,
+            cycles_per_matmul=8,
+            branch_delay=4,
+            hbm_bytes_per_second=1640e9,
+            hbm_bytes=32e9,
+            vmem_bytes=128 * MIB,
+            host_shape=(2, 2),
+            published_peak_flops=918e12,
+            link_bytes_per_second=448e9,
+        ),
+        Chip(
+            name="tpu7x",
+            device_kind="TPU7x",
+            cores=1,
+            clock_hz=2.20e9,
+            mxus=2,
+            mxu_size=256,
+            cycles_per_matmul=8,
+            branch_delay=6,
+            hbm_bytes_per_second=3690e9,
+            hbm_bytes=96e9,
+            vmem_bytes=64 * MIB,
+            host_shape=(2, 2, 1),
+            published_peak_flops=1153.5e12,
+            link_bytes_per_second=600e9,
+            devices_per_chip=2,
+        ),
+    )
 }
 
 # bf16 peak of one GPU, FLOP/s, by the start of jax's device kind; NVIDIA's data sheets, without sparsity.
@@ -65,10 +129,15 @@ _SLICES_3D = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), 
 
 
 def find_chip(chip: str) -> Chip:
-    """The chip of this name; ``UserError`` names those there are."""
+    """Return the chip of this name; ``UserError`` lists the known ones."""
     if chip not in CHIPS:
         raise UserError(f"chip: got {chip!r}, accepted are {', '.join(CHIPS)}")
     return CHIPS[chip]
+
+
+def chip_of_kind(device_kind: str) -> Chip | None:
+    """Return the chip that jax names so; None for any other device."""
+    return next((chip for chip in CHIPS.values() if chip.device_kind == device_kind), None)
 
 
 def slice_sizes(chip: Chip) -> tuple[int, ...]:

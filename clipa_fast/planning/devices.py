@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clipa_fast.errors import UserError
-from clipa_fast.hardware import CHIPS
+from clipa_fast.hardware import CHIPS, GPU_PEAKS, Chip, slice_sizes
 from clipa_fast.planning.published import published
 
 
@@ -30,30 +30,22 @@ class Device:
     price: float | None = None
 
 
-def _doubling(first: int, last: int) -> tuple[int, ...]:
-    return tuple(first << power for power in range((last // first).bit_length()))
+_GPU_COUNTS = tuple(1 << power for power in range(11))
 
 
-_NODES = _doubling(1, 1024)
+def _tpu(chip: Chip) -> Device:
+    return Device(chip.name, chip.published_peak_flops, chip.hbm_bytes, chip.hbm_bytes_per_second, slice_sizes(chip))
 
 
-def _tpu(name: str, slices: tuple[int, ...]) -> Device:
-    chip = CHIPS[name]
-    return Device(name, chip.published_peak_flops, chip.hbm_bytes, chip.hbm_bytes_per_second, slices)
-
-
-# NVIDIA's data sheets (SXM boards); the TPUs come from `clipa_fast.hardware`.
+# Memory and bandwidth of GPUs: NVIDIA's data sheets (SXM boards).
 DEVICES = {
     device.name: device
     for device in (
-        Device("a100-40gb", 312e12, 40e9, 1.555e12, _NODES),
-        Device("a100-80gb", 312e12, 80e9, 2.039e12, _NODES, published()["price_per_hour"]),
-        Device("h100", 989e12, 80e9, 3.35e12, _NODES),
-        Device("h200", 989e12, 141e9, 4.8e12, _NODES),
-        _tpu("v5e", _doubling(4, 256)),
-        _tpu("v5p", _doubling(4, 512)),
-        _tpu("v6e", _doubling(4, 256)),
-        _tpu("tpu7x", _doubling(8, 1024)),
+        Device("a100-40gb", GPU_PEAKS["NVIDIA A100"], 40e9, 1.555e12, _GPU_COUNTS),
+        Device("a100-80gb", GPU_PEAKS["NVIDIA A100"], 80e9, 2.039e12, _GPU_COUNTS, published()["price_per_hour"]),
+        Device("h100", GPU_PEAKS["NVIDIA H100"], 80e9, 3.35e12, _GPU_COUNTS),
+        Device("h200", GPU_PEAKS["NVIDIA H200"], 141e9, 4.8e12, _GPU_COUNTS),
+        *map(_tpu, CHIPS.values()),
     )
 }
 

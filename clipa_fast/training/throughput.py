@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from clipa_fast.config import RunConfig, StageConfig
-from clipa_fast.hardware import CHIPS, GPU_PEAKS
+from clipa_fast.hardware import GPU_PEAKS, chip_of_kind
 from clipa_fast.model.costs import pair_gmac
 from clipa_fast.model.mask_sizes import count_kept
 from clipa_fast.model.presets import grid_size, towers
@@ -30,9 +30,9 @@ def pair_flops(config: RunConfig, stage: StageConfig) -> float:
 
 def peak_flops(device_kind: str) -> float | None:
     """bf16 operations per second of one device, None where not known."""
-    for chip in CHIPS.values():
-        if chip.device_kind == device_kind:
-            return chip.peak_flops
+    chip = chip_of_kind(device_kind)
+    if chip is not None:
+        return chip.peak_flops
     return next((peak for start, peak in GPU_PEAKS.items() if device_kind.startswith(start)), None)
 
 

@@ -168,12 +168,19 @@ def test_the_chip_table_agrees_with_the_kernels_and_the_command_line():
         assert kernel_chips.CHIPS[name].vmem_bytes < chip.vmem_bytes
 
 
+# In devices of jax, as Google Cloud rents them.
+SMALLEST_SLICE = {"v5e": 4, "v5p": 4, "v6e": 4, "tpu7x": 8}
+LARGEST_SLICE = {"v5e": 256, "v5p": 512, "v6e": 256, "tpu7x": 1024}
+
+
 def test_the_planners_chips_are_the_profilers():
     for name, chip in CHIPS.items():
         device = DEVICES[name]
         assert device.peak_flops == pytest.approx(chip.peak_flops, rel=0.01)
         assert (device.memory_bytes, device.bytes_per_second) == (chip.hbm_bytes, chip.hbm_bytes_per_second)
         assert device.slices == slice_sizes(chip)
+        assert device.slices == tuple(SMALLEST_SLICE[name] << power for power in range(len(device.slices)))
+        assert device.slices[-1] == LARGEST_SLICE[name]
 
 
 @pytest.mark.parametrize("convention", ["clipa", "open_clip"])

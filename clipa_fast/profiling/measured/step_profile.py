@@ -17,7 +17,7 @@ from rich.console import Console
 
 from clipa_fast.config import RunConfig
 from clipa_fast.errors import UserError
-from clipa_fast.hardware import CHIPS
+from clipa_fast.hardware import chip_of_kind
 from clipa_fast.planning.devices import DEVICES
 from clipa_fast.profiling.measured.trace import OpRun, record
 from clipa_fast.profiling.static.parts import PARTS, OpCost, op_costs
@@ -199,8 +199,8 @@ def _covered(run: Sequence[OpRun]) -> float:
 
 def _limits(device_kind: str) -> tuple[float, float] | None:
     """Bytes and operations a second of a known accelerator."""
-    by_kind = {chip.device_kind: name for name, chip in CHIPS.items()}
-    name = by_kind.get(device_kind) or next((n for n in ("h200", "h100") if n in device_kind.lower()), None)
+    chip = chip_of_kind(device_kind)
+    name = chip.name if chip else next((n for n in ("h200", "h100") if n in device_kind.lower()), None)
     return None if name is None else (DEVICES[name].bytes_per_second, DEVICES[name].peak_flops)
 
 
@@ -230,8 +230,8 @@ def _static(config: RunConfig, costs: Mapping[str, OpCost]) -> dict[str, float]:
     from clipa_fast.training.step import init_params, init_state, make_train_step
 
     stage = config.stages[0]
-    kinds = {chip.device_kind: name for name, chip in CHIPS.items()}
-    chip = kinds.get(jax.devices()[0].device_kind, "v5e")
+    kind = chip_of_kind(jax.devices()[0].device_kind)
+    chip = kind.name if kind else "v5e"
 
     def state():
         return init_state(init_params(config.model, stage.image_size, stage.text_length, 0), stage)
