@@ -1,1 +1,1 @@
-"""The command line: one file a command; `main` parses and turns errors into exit codes."""
+"""The command line: `main` parses and turns errors into exit codes, the other files run commands."""

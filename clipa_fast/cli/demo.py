@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -17,6 +19,33 @@ from clipa_fast.evaluation.table import print_rankings
 from clipa_fast.inference.encoder import Encoder
 from clipa_fast.recipes import DEMO
 from clipa_fast.report import AccuracyRow, Gallery, retrieval_gallery
+from clipa_fast.report.run_report import write_run_report
+from clipa_fast.run.checks import check_run
+from clipa_fast.run.folder import start_run
+from clipa_fast.training.trainer import train
+
+
+def demo_command(
+    folder: Path, seed: int = 0, samples_scale: float = 1.0, console: Console | None = None
+) -> dict[str, Any]:
+    """Trains on glyphs, reads the unseen styles, writes the report; returns the accuracy by style.
+
+    Raises:
+      UserError: a scale that leaves no step, or a folder that holds another run.
+    """
+    console = console or Console()
+    train_source = GlyphSource("train")
+    config = demo_config(seed, samples_scale)
+    check_run(config, len(train_source))
+    run = start_run(config, folder, train_source)
+    console.print(f"{train_source.name}: {len(train_source):,} pictures; run folder {folder}", highlight=False)
+    params = train(run.config, folder, train_source, run.tokenizer, console)
+    last = run.config.stages[-1]
+    encoder = Encoder(params, run.config.model, last.image_size, last.text_length, run.tokenizer)
+    accuracy, gallery = evaluate_demo(encoder, console)
+    path = write_run_report(run, accuracy=accuracy, gallery=gallery)
+    console.print(f"report: {path}", highlight=False)
+    return {row.data: row.hits for row in accuracy}
 
 
 def demo_config(seed: int = 0, samples_scale: float = 1.0) -> RunConfig:

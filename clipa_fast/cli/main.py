@@ -398,14 +398,13 @@ def _run(arguments: Any, argv: list[str]) -> None:
         return run(**{item.name: getattr(arguments, item.name) for item in dataclasses.fields(arguments)})
     if isinstance(arguments, Eval):
         return _evaluate(arguments)
-    from clipa_fast.cli import train as commands
-
     if isinstance(arguments, Train):
+        from clipa_fast.cli.train import train_command
         from clipa_fast.parallel.distributed import initialize
 
         initialize(arguments.coordinator, arguments.process_id, arguments.num_processes)
         options = {"profile_steps": arguments.profile_steps}
-        return _stoppable(partial(commands.train_command, arguments.settings, arguments.run_dir, **options), argv)
+        return _stoppable(partial(train_command, arguments.settings, arguments.run_dir, **options), argv)
     if isinstance(arguments, Doctor):
         from clipa_fast.training.doctor import doctor_command
 
@@ -414,7 +413,9 @@ def _run(arguments: Any, argv: list[str]) -> None:
         raise SystemExit(0 if all(finding.is_fine for finding in findings) else EXIT_UNWELL)
     if isinstance(arguments, ScalingCommand):
         return _stoppable(partial(scaling_command, arguments), argv)
-    run = partial(commands.demo_command, arguments.run_dir, arguments.seed, arguments.samples_scale)
+    from clipa_fast.cli.demo import demo_command
+
+    run = partial(demo_command, arguments.run_dir, arguments.seed, arguments.samples_scale)
     return _stoppable(run, argv)
 
 

@@ -1,23 +1,20 @@
-"""What the command line's training subcommands do: train, demo."""
+"""Run `clipa-fast train`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
 
 from clipa_fast.config import RunConfig
-from clipa_fast.data.glyphs import GlyphSource
 from clipa_fast.data.preflight import preflight
 from clipa_fast.data.transforms import check_crop_filter
-from clipa_fast.inference.encoder import Encoder
 from clipa_fast.parallel.distributed import is_first
 from clipa_fast.parallel.mesh import check_devices, used_devices
 from clipa_fast.report.run_report import write_run_report
 from clipa_fast.run.checks import check_run
-from clipa_fast.run.folder import open_source, start_run, start_run_together, with_weights
+from clipa_fast.run.folder import open_source, start_run_together, with_weights
 from clipa_fast.training.profile_window import ProfileWindow
 from clipa_fast.training.trainer import train
 
@@ -46,28 +43,3 @@ def train_command(
     train(run.config, folder, source, run.tokenizer, console, profile_steps=profile_steps)
     if is_first():
         console.print(f"report: {write_run_report(run)}", highlight=False)
-
-
-def demo_command(
-    folder: Path, seed: int = 0, samples_scale: float = 1.0, console: Console | None = None
-) -> dict[str, Any]:
-    """Trains on glyphs, reads the unseen styles, writes the report; returns the accuracy by style.
-
-    Raises:
-      UserError: a scale that leaves no step, or a folder that holds another run.
-    """
-    from clipa_fast.cli.demo import demo_config, evaluate_demo
-
-    console = console or Console()
-    train_source = GlyphSource("train")
-    config = demo_config(seed, samples_scale)
-    check_run(config, len(train_source))
-    run = start_run(config, folder, train_source)
-    console.print(f"{train_source.name}: {len(train_source):,} pictures; run folder {folder}", highlight=False)
-    params = train(run.config, folder, train_source, run.tokenizer, console)
-    last = run.config.stages[-1]
-    encoder = Encoder(params, run.config.model, last.image_size, last.text_length, run.tokenizer)
-    accuracy, gallery = evaluate_demo(encoder, console)
-    path = write_run_report(run, accuracy=accuracy, gallery=gallery)
-    console.print(f"report: {path}", highlight=False)
-    return {row.data: row.hits for row in accuracy}
