@@ -49,7 +49,8 @@ def bootstrap_interval(
     groups = np.unique(groups, return_inverse=True)[1]
     sums, sizes = np.bincount(groups, values), np.bincount(groups).astype(np.float64)
     if len(sums) == 1:
-        return float(values.mean()), float(values.mean())
+        mean = float(values.mean())
+        return mean, mean
     interval = stats.bootstrap(
         (sums, sizes),
         lambda sums, sizes, axis: sums.sum(axis) / sizes.sum(axis),

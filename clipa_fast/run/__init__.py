@@ -1,1 +1,1 @@
-"""What a run's folder holds: config, tokenizer, checkpoints, metrics, and what is checked before it starts."""
+"""Keep a run's folder: config, tokenizer, checkpoints, metrics; check a run before it starts."""

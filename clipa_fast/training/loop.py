@@ -166,7 +166,7 @@ class _FiniteCheck:
     def __call__(self, state: State, at: int, outcome: dict[str, Any], index: np.ndarray) -> bool:
         """Return whether step `at` of the stage was finite.
 
-        `state` holds the pre-step parameters: a non-finite step leaves them unchanged.
+        `state` may include later steps in flight; a non-finite step leaves its parameters unchanged.
         """
         name = culprit(outcome)
         if name is None:

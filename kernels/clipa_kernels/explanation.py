@@ -6,16 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 from clipa_kernels.attention import api as attention
-from clipa_kernels.attention import spec as attention_problem
+from clipa_kernels.attention import spec as attention_spec
 from clipa_kernels.contrastive import api as contrastive
-from clipa_kernels.contrastive import spec as contrastive_problem
+from clipa_kernels.contrastive import spec as contrastive_spec
 from clipa_kernels.dispatch import Explanation, Implementation, Support, choose, find
 
 _DESCRIBED: dict[Callable, tuple[Callable, tuple[Implementation, ...]]] = {
-    attention.dot_product_attention: (attention_problem.describe_dot_product_attention, attention.IMPLEMENTATIONS),
-    attention.flat_attention: (attention_problem.describe_flat_attention, attention.IMPLEMENTATIONS),
-    contrastive.contrastive_loss: (contrastive_problem.describe_contrastive_loss, contrastive.IMPLEMENTATIONS),
-    contrastive.sigmoid_loss: (contrastive_problem.describe_sigmoid_loss, contrastive.IMPLEMENTATIONS),
+    attention.dot_product_attention: (attention_spec.describe_dot_product_attention, attention.IMPLEMENTATIONS),
+    attention.flat_attention: (attention_spec.describe_flat_attention, attention.IMPLEMENTATIONS),
+    contrastive.contrastive_loss: (contrastive_spec.describe_contrastive_loss, contrastive.IMPLEMENTATIONS),
+    contrastive.sigmoid_loss: (contrastive_spec.describe_sigmoid_loss, contrastive.IMPLEMENTATIONS),
 }
 
 

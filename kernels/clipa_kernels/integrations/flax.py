@@ -158,7 +158,7 @@ class _Scope:
 
     @property
     def wants_flat_projections(self) -> bool:
-        """Whether the program is traced for a TPU's kernels."""
+        """Return whether the program is traced for the TPU kernels."""
         return (self.implementation or target_platform()[0]) == "tpu"
 
     def warn(self, text: str) -> None:
@@ -233,7 +233,7 @@ class _FlatProjection:
 
 
 def _lent_by_linen(layer: Any) -> dict[str, Any]:
-    """What a linen layer is to have instead of its own while its `__call__` runs."""
+    """Return the attributes to put on a linen layer while its `__call__` runs, by name."""
     if isinstance(layer, linen.MultiHeadDotProductAttention):
         return {"attention_fn": _choose(layer.attention_fn, layer)}
     if isinstance(layer, linen.DenseGeneral):

@@ -60,7 +60,7 @@ def riders_of(group: HeadGroup) -> int | None:
 
 
 def can_lie_across(groups: tuple[HeadGroup, ...], tile_rows: int) -> bool:
-    """Whether `keys_on_lanes` can take these groups: one head each, of whole registers, with lanes to spare."""
+    """Return whether `keys_on_lanes` can take these groups: one head each, whole registers, lanes to spare."""
     return tile_rows > LANES and all(
         group.width % LANES == 0 and riders_of(group) is not None and all(edge % RIDERS == 0 for edge in group.heads[0])
         for group in groups
