@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clipa_kernels import contrastive_loss, flat_attention, gpu
+from clipa_kernels import contrastive_loss, flat_attention
+from clipa_kernels.attention.gpu import entry as gpu_attention_entry
 from clipa_kernels.attention.spec import AttentionOperands, describe_flat_attention
+from clipa_kernels.contrastive.gpu import entry as gpu_contrastive_entry
 from clipa_kernels.contrastive.spec import ContrastiveOperands, describe_contrastive_loss
 from flax import nnx
 from safetensors.numpy import load_file
@@ -45,13 +47,13 @@ def tower(request, shared):
 def gpu_attention(query, key, value, *, implementation, **options):
     """`flat_attention` by the GPU kernels, interpreted."""
     problem = describe_flat_attention(query, key, value, **options)
-    return gpu.attention.attention(problem, AttentionOperands(query, key, value), interpret=True)[0]
+    return gpu_attention_entry.attention(problem, AttentionOperands(query, key, value), interpret=True)[0]
 
 
 def gpu_loss(image, text, logit_scale, *, implementation):
     """`contrastive_loss` by the GPU kernels, interpreted."""
     problem = describe_contrastive_loss(image, text, logit_scale)
-    return gpu.contrastive.loss(problem, ContrastiveOperands(image, text, logit_scale), interpret=True)[0]
+    return gpu_contrastive_entry.loss(problem, ContrastiveOperands(image, text, logit_scale), interpret=True)[0]
 
 
 def loss_and_gradients(model, expected, implementation, loss=contrastive_loss):
