@@ -25,5 +25,5 @@ def test_pictures_are_those_of_the_kernels(tool):
 
 
 def test_every_picture_is_shown(tool):
-    page = (ROOT / "docs" / "how-the-kernels-work.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"\]\(images/([\w-]+)\.svg\)", page)) == set(tool.PICTURES)
+    page = (ROOT / "docs" / "design" / "how-the-kernels-work.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\]\(\.\./images/([\w-]+)\.svg\)", page)) == set(tool.PICTURES)

@@ -46,4 +46,4 @@ def test_the_blocks_of_a_section_run(page, codes):
 def test_sections_were_found():
     found = {parameter.id for parameter in SECTIONS}
     for name in ("Plain JAX", "linen", "nnx", "Equinox", "big_vision"):
-        assert f"use-the-kernels.md: {name}" in found
+        assert f"guides/use-the-kernels.md: {name}" in found

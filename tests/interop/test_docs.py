@@ -1,4 +1,4 @@
-"""docs/interop.md: its snippets run, with a small model in place of the large one."""
+"""docs/guides/interop.md: its snippets run, with a small model in place of the large one."""
 
 import io
 import re
@@ -16,7 +16,7 @@ from clipa_fast.cli.main import main
 from .peers import import_open_clip
 from .small_model import CAPTIONS
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "interop.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "interop.md"
 LARGE = "hf://UCSC-VLAA/ViT-H-14-CLIPA-336-datacomp1B"
 # Sizes of the small model, in the order in which they replace the page's.
 SIZES = {"image_size: 168": "image_size: 16", "image_size: 336": "image_size: 32", "text_length: 16": "text_length: 5"}
